@@ -1,0 +1,140 @@
+"""Rows from files and from the hub, each with the place that an error message can name."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graphlora.errors import GraphLoraError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record and its place, `file:line` or `data set[split]:row`.
+
+    Attributes:
+        values: Column name to value.
+        where: Place for error messages.
+    """
+
+    values: dict[str, Any]
+    where: str
+
+
+def find_split(folder: Path, split: str) -> Path | None:
+    """The file of `split` in `folder`, with the first of the known endings that is there."""
+    paths = (folder / f"{split}{suffix}" for suffix in SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a .jsonl, .jsonl.gz, .json, .csv or .parquet file.
+
+    Raises:
+        GraphLoraError: The file is missing, empty, of another kind, not UTF-8 or broken; names file and line.
+    """
+    if not path.is_file():
+        raise GraphLoraError(f"no data file at {path}; check the path")
+    if not path.name.endswith(SUFFIXES):
+        raise GraphLoraError(f"{path} is of an unknown kind; use one of {', '.join(SUFFIXES)}")
+    try:
+        rows = _parquet(path) if path.suffix == ".parquet" else _text_rows(path)
+    except UnicodeDecodeError as error:
+        raise GraphLoraError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
+    except (OSError, EOFError) as error:
+        raise GraphLoraError(f"{path} cannot be read: {error}") from error
+    if not rows:
+        raise GraphLoraError(f"{path} has no rows")
+    return rows
+
+
+def read_hub(hub_id: str, config: str | None, split: str, revision: str | None = None) -> list[Row]:
+    """Rows of one split of a data set on the Hugging Face Hub.
+
+    Raises:
+        GraphLoraError: The data set, configuration or split cannot be loaded.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        data = load_dataset(hub_id, config, split=split, revision=revision)
+    except (OSError, ValueError, RuntimeError, DatasetsError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise GraphLoraError(
+            f"cannot load split {split!r} of {hub_id} from the hub: {reason}; check the name and the network, "
+            "or give data_dir with the files"
+        ) from error
+    return [Row(dict(values), f"{hub_id}[{split}]:{number}") for number, values in enumerate(data, start=1)]
+
+
+def _text_rows(path: Path) -> list[Row]:
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    decoded = text.decode("utf-8-sig")
+    if path.suffix == ".csv":
+        return list(_csv(path, decoded))
+    if path.suffix == ".json":
+        return list(_json(path, decoded))
+    return list(_jsonl(path, decoded))
+
+
+def _jsonl(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _row(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _json(path: Path, text: str) -> Iterator[Row]:
+    if not text.strip():
+        return
+    records = _parse(text, str(path))
+    if not isinstance(records, list):
+        raise GraphLoraError(f"{path} holds a JSON {type(records).__name__}; expected a list of objects")
+    for number, record in enumerate(records, start=1):
+        yield _row(record, f"{path}: record {number}")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GraphLoraError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from error
+
+
+def _row(record: Any, where: str) -> Row:
+    if not isinstance(record, dict):
+        raise GraphLoraError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return Row(record, where)
+
+
+def _csv(path: Path, text: str) -> Iterator[Row]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        for record in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in record or None in record.values():
+                raise GraphLoraError(
+                    f"{where}: the row does not have the header's {len(reader.fieldnames or ())} columns"
+                )
+            yield Row(dict(record), where)
+    except csv.Error as error:
+        raise GraphLoraError(f"{path}:{reader.line_num}: broken CSV ({error})") from error
+
+
+def _parquet(path: Path) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        records = parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise GraphLoraError(f"{path} is not a readable Parquet file: {error}") from error
+    return [Row(record, f"{path}: row {number}") for number, record in enumerate(records, start=1)]
