@@ -70,8 +70,8 @@ def read_hub(hub_id: str, config: str | None, split: str, revision: str | None =
     except (OSError, ValueError, RuntimeError, DatasetsError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GraphLoraError(
-            f"cannot load split {split!r} of {hub_id} from the hub: {reason}; check the name and the network, "
-            "or give data_dir with the files"
+            f"cannot load split {split!r} of {hub_id} from the hub: {reason}; "
+            "check the name and the network, or give data_dir with the files"
         ) from error
     return [Row(dict(values), f"{hub_id}[{split}]:{number}") for number, values in enumerate(data, start=1)]
 

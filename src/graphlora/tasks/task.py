@@ -10,79 +10,22 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 
 from graphlora.errors import GraphLoraError
-from graphlora.tasks.rows import Row, find_split, read_hub, read_rows
+from graphlora.tasks.example import Example
+from graphlora.tasks.rows import SUFFIXES, Row, find_split, read_hub, read_rows
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(SplitName)
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One multiple-choice item, ready for both scorings.
-
-    Attributes:
-        id: Identifier, unique within its split.
-        prompt: Cloze prompt, without the answer: `"Question: ...\\nAnswer:"`.
-        choices: Cloze continuations, each with its leading space: `" Paris"`.
-        gold: Position of the right answer in `choices`.
-        letter_prompt: Prompt that lists the options, answered by a label.
-        labels: Letter continuations, each with its leading space: `" A"`, `" B"`, ...
-        domain: Subject area, for accuracy per domain.
-        kind: Sort of item within a split, for accuracy per kind (the quiz: `"seen"` or `"unseen"`).
-        prompts: One context per choice where the continuation is shared (WinoGrande); replaces `prompt`.
-    """
-
-    id: str
-    prompt: str
-    choices: tuple[str, ...]
-    gold: int
-    letter_prompt: str
-    labels: tuple[str, ...]
-    domain: str | None = None
-    kind: str | None = None
-    prompts: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        """Raise `GraphLoraError` where the parts do not fit together."""
-        count = len(self.choices)
-        if count < 2:
-            raise GraphLoraError(f"item {self.id!r} has {count} choice(s); give at least 2")
-        if not 0 <= self.gold < count:
-            raise GraphLoraError(f"item {self.id!r}: answer {self.gold} is not among its {count} choices")
-        if len(self.labels) != count or (self.prompts is not None and len(self.prompts) != count):
-            raise GraphLoraError(
-                f"item {self.id!r}: labels and prompts must be as many as its {count} choices"
-            )
-
-
-@dataclass(frozen=True)
-class TextExample:
-    """Free text to train on: a prompt with its completion, or a chat.
-
-    Attributes:
-        id: Identifier, unique within its split.
-        prompt: Text before the completion.
-        completion: Text to learn.
-        messages: Chat turns, each with `role` and `content`; the model's chat template renders them.
-        domain: Subject area.
-    """
-
-    id: str
-    prompt: str | None = None
-    completion: str | None = None
-    messages: tuple[dict[str, Any], ...] | None = None
-    domain: str | None = None
 
 
 @dataclass(frozen=True)
 class Task:
     """A multiple-choice data set: its place, its splits, and its way from a row to an `Example`.
 
-    A validation split that has a published split of its own is that split. Where `sources` gives validation the
-    same published split as another one, validation is a fixed seeded share of it and the other gets the rest.
-    Rows of train that are exact duplicates (same prompt, same choices) of a validation or test row are dropped.
+    A validation split that has a published split of its own is that split. Where `sources` gives validation
+    the same published split as another one, validation is a fixed seeded share of it and the other gets the
+    rest. Rows of train that are exact duplicates (same prompt, same choices) of a validation or test row are
+    dropped.
 
     Attributes:
         name: Name on the command line, and of the folder inside `data_dir`.
@@ -164,8 +107,8 @@ class Task:
         path = find_split(folder, source)
         if path is None:
             raise GraphLoraError(
-                f"task {self.name!r}: {split} is taken from the published {source} split, and {folder} has no "
-                f"{source}.jsonl, .jsonl.gz, .json, .csv or .parquet; add that file or leave data_dir out to use the hub"
+                f"task {self.name!r} takes {split} from the published {source} split, and {folder} has no "
+                f"{source} file ({', '.join(SUFFIXES)}); add it, or leave data_dir out to use the hub"
             )
         return read_rows(path)
 
@@ -192,7 +135,7 @@ def check_split(split: str) -> None:
 
 
 def holdout(count: int, share: float, seed: int) -> list[int]:
-    """Positions of a fixed share of `count` rows: the choice of `datasets.Dataset.train_test_split(seed=...)`."""
+    """Positions of the rows that `datasets.Dataset.train_test_split(test_size=share, seed=seed)` holds out."""
     size = int(np.ceil(share * count))
     return sorted(int(position) for position in np.random.default_rng(seed).permutation(count)[:size])
 
@@ -209,29 +152,6 @@ def subset(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
         return list(items)
     chosen = np.random.default_rng(seed).permutation(len(items))[:limit]
     return [items[int(position)] for position in sorted(chosen)]
-
-
-def letters(count: int) -> tuple[str, ...]:
-    """Labels " A", " B", ... of `count` options.
-
-    Raises:
-        GraphLoraError: More options than letters.
-    """
-    if count > len(LETTERS):
-        raise GraphLoraError(f"{count} choices; at most {len(LETTERS)} can be lettered")
-    return tuple(f" {letter}" for letter in LETTERS[:count])
-
-
-def options(texts: Sequence[str]) -> str:
-    """One line that lists the options: `(A) first (B) second`."""
-    return " ".join(
-        f"({label.strip()}) {text}" for label, text in zip(letters(len(texts)), texts, strict=True)
-    )
-
-
-def continuations(texts: Sequence[str]) -> tuple[str, ...]:
-    """Cloze continuations: each text after one space."""
-    return tuple(f" {text}" for text in texts)
 
 
 def _key(example: Example) -> tuple[str, ...]:
