@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphlora.tasks.example import Example, answer_position, continuations, letters, options
+from graphlora.tasks.example import Example, answer_position, continuations, letters, listed
 from graphlora.tasks.task import Task
 
 REVISION = "210d026faf9955653af8916fad021475a3f00453"
@@ -18,9 +18,7 @@ def to_example(row: dict[str, Any], position: int) -> Example:
         prompt=f"Question: {row['question']}\nAnswer:",
         choices=continuations(texts),
         gold=answer_position(row["answerKey"], row["choices"]["label"]),
-        letter_prompt=(
-            f"Please choose the correct answer to the question: {row['question']} {options(texts)}\nAnswer:"
-        ),
+        letter_prompt=listed(row["question"], texts, one_line=True),
         labels=letters(len(texts)),
     )
 

@@ -1,4 +1,4 @@
-"""What training and evaluation work on: multiple-choice items and free text, and the parts of their prompts."""
+"""What training and evaluation work on: multiple-choice items and free text, and how prompts list options."""
 
 from __future__ import annotations
 
@@ -91,11 +91,19 @@ def letters(count: int) -> tuple[str, ...]:
     return tuple(f" {letter}" for letter in LETTERS[:count])
 
 
-def options(texts: Sequence[str]) -> str:
-    """One line that lists the options: `(A) first (B) second`."""
-    return " ".join(
-        f"({label.strip()}) {text}" for label, text in zip(letters(len(texts)), texts, strict=True)
-    )
+def listed(question: str, texts: Sequence[str], one_line: bool = False) -> str:
+    """Letter prompt that lists the options `(A) first (B) second` after the question.
+
+    Args:
+        question: The question, with its context if it has one.
+        texts: The options.
+        one_line: Put instruction, question and options on one line (ARC, OpenBookQA).
+    """
+    labels = letters(len(texts))
+    options = " ".join(f"({label.strip()}) {text}" for label, text in zip(labels, texts, strict=True))
+    if one_line:
+        return f"Please choose the correct answer to the question: {question} {options}\nAnswer:"
+    return f"Please choose the correct answer to the question.\nQuestion: {question}\n{options}\nAnswer:"
 
 
 def continuations(texts: Sequence[str]) -> tuple[str, ...]:

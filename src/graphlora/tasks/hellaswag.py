@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from graphlora.tasks.example import Example, continuations, letters, options
+from graphlora.tasks.example import Example, continuations, letters, listed
 from graphlora.tasks.task import Task
 
 
@@ -28,9 +28,7 @@ def to_example(row: dict[str, Any], position: int) -> Example:
         prompt=context,
         choices=continuations(texts),
         gold=int(row["label"]),
-        letter_prompt=(
-            f"Please choose the correct answer to the question.\nQuestion: {context}\n{options(texts)}\nAnswer:"
-        ),
+        letter_prompt=listed(context, texts),
         labels=letters(len(texts)),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphlora.tasks.example import Example, answer_position, continuations, letters, options
+from graphlora.tasks.example import Example, answer_position, continuations, letters, listed
 from graphlora.tasks.task import Task
 
 
@@ -16,9 +16,7 @@ def to_example(row: dict[str, Any], position: int) -> Example:
         prompt=row["question_stem"],
         choices=continuations(texts),
         gold=answer_position(row["answerKey"].strip(), row["choices"]["label"]),
-        letter_prompt=(
-            f"Please choose the correct answer to the question: {row['question_stem']} {options(texts)}\nAnswer:"
-        ),
+        letter_prompt=listed(row["question_stem"], texts, one_line=True),
         labels=letters(len(texts)),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphlora.tasks.example import Example, continuations, letters, options
+from graphlora.tasks.example import Example, continuations, letters, listed
 from graphlora.tasks.task import Task
 
 
@@ -20,10 +20,7 @@ def to_example(row: dict[str, Any], position: int) -> Example:
         prompt=f"Question: {row['goal']}\nAnswer:",
         choices=continuations(texts),
         gold=int(row["label"]),
-        letter_prompt=(
-            "Please choose the correct answer to the question.\n"
-            f"Question: {row['goal']}\n{options(texts)}\nAnswer:"
-        ),
+        letter_prompt=listed(row["goal"], texts),
         labels=letters(2),
     )
 

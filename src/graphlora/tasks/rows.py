@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,18 +63,38 @@ def read_hub(hub_id: str, config: str | None, split: str, revision: str | None =
         GraphLoraError: The data set, configuration or split cannot be loaded.
     """
     from datasets import load_dataset
+
+    with _hub_errors(f"split {split!r} of {hub_id}"):
+        data = load_dataset(hub_id, config, split=split, revision=revision)
+        return [
+            Row(dict(values), f"{hub_id}[{split}]:{number}") for number, values in enumerate(data, start=1)
+        ]
+
+
+def hub_splits(hub_id: str, config: str | None) -> list[str]:
+    """Names of the splits of a data set on the Hugging Face Hub.
+
+    Raises:
+        GraphLoraError: The data set or configuration cannot be reached.
+    """
+    from datasets import get_dataset_split_names
+
+    with _hub_errors(hub_id):
+        return list(get_dataset_split_names(hub_id, config))
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        data = load_dataset(hub_id, config, split=split, revision=revision)
+        yield
     except (OSError, ValueError, RuntimeError, DatasetsError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise GraphLoraError(
-            f"cannot load split {split!r} of {hub_id} from the hub: {reason}; "
-            "check the name and the network, or give data_dir with the files"
+            f"cannot load {what} from the hub: {reason}; check the name and the network, or use local files"
         ) from error
-    return [Row(dict(values), f"{hub_id}[{split}]:{number}") for number, values in enumerate(data, start=1)]
 
 
 def _text_rows(path: Path) -> list[Row]:

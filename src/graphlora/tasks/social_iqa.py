@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphlora.tasks.example import Example, continuations, letters, options
+from graphlora.tasks.example import Example, continuations, letters, listed
 from graphlora.tasks.task import Task
 
 
@@ -21,9 +21,7 @@ def to_example(row: dict[str, Any], position: int) -> Example:
         prompt=f"Q: {question}\nA:",
         choices=continuations(texts),
         gold=int(row["label"]) - 1,
-        letter_prompt=(
-            f"Please choose the correct answer to the question.\nQuestion: {question}\n{options(texts)}\nAnswer:"
-        ),
+        letter_prompt=listed(question, texts),
         labels=letters(3),
     )
 

@@ -24,7 +24,7 @@ class Task:
 
     A validation split that has a published split of its own is that split. Where `sources` gives validation
     the same published split as another one, validation is a fixed seeded share of it and the other gets the
-    rest. Rows of train that are exact duplicates (same prompt, same choices) of a validation or test row are
+    rest. Rows of train that repeat a validation or test row (same prompt, same choices in any order) are
     dropped.
 
     Attributes:
@@ -65,7 +65,10 @@ class Task:
         Raises:
             GraphLoraError: Unknown split, missing file, or a row that does not fit; names file and line.
         """
-        check_split(split)
+        if split not in SPLITS:
+            raise GraphLoraError(
+                f"task {self.name!r} has no split {split!r}; choose one of {', '.join(SPLITS)}"
+            )
         examples = self._split(split, data_dir)
         if split == "train":
             held_out = {
@@ -128,14 +131,8 @@ class Task:
             ) from error
 
 
-def check_split(split: str) -> None:
-    """Raise `GraphLoraError` unless `split` is train, validation or test."""
-    if split not in SPLITS:
-        raise GraphLoraError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-
-
 def holdout(count: int, share: float, seed: int) -> list[int]:
-    """Positions of the rows that `datasets.Dataset.train_test_split(test_size=share, seed=seed)` holds out."""
+    """Positions of the rows that `Dataset.train_test_split(test_size=share, seed=seed)` holds out."""
     size = int(np.ceil(share * count))
     return sorted(int(position) for position in np.random.default_rng(seed).permutation(count)[:size])
 

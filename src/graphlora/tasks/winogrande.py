@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphlora.tasks.example import Example, continuations, letters, options
+from graphlora.tasks.example import Example, continuations, letters, listed
 from graphlora.tasks.task import Task
 
 
@@ -23,10 +23,7 @@ def to_example(row: dict[str, Any], position: int) -> Example:
         prompts=tuple(before + name for name in names),
         choices=continuations((after, after)),
         gold=int(row["answer"]) - 1,
-        letter_prompt=(
-            "Please choose the correct answer to the question.\n"
-            f"Question: {row['sentence']}\n{options(names)}\nAnswer:"
-        ),
+        letter_prompt=listed(row["sentence"], names),
         labels=letters(2),
     )
 
