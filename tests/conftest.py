@@ -1,0 +1,32 @@
+"""What all tests share: no network, and a reason beside every test that this machine cannot run."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+REAL_MODEL = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {}
+    if not (REAL_MODEL / "model.safetensors").is_file():
+        reasons["real_model"] = f"no {REAL_MODEL.name} under models/: `make model` fetches it"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no CUDA device"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """Directory of SmolLM2-135M-Instruct, for tests marked `real_model`."""
+    return REAL_MODEL
