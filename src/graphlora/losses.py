@@ -1,0 +1,111 @@
+"""The two coordination losses of the paper (sections 4.2 and 4.3, equations 6 to 9), as plain functions.
+
+Both compare a sorted target with sorted observations by `divergence`. All inputs and outputs are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOG_EPS = 1e-16
+_LOAD_EPS = 1e-8
+
+
+def poisson_target(poisson_rate: Tensor, num_experts: int) -> Tensor:
+    """Target of the Poisson distinction loss, eq. 6: `p_i ∝ lambda^i e^-lambda / i!` for i = 1..N, summing to 1.
+
+    Args:
+        poisson_rate: lambda, any shape `[...]`, in [1, 2].
+        num_experts: N.
+
+    Returns:
+        `[..., num_experts]`; not increasing in i, because lambda is at most 2.
+    """
+    i = torch.arange(1, num_experts + 1, device=poisson_rate.device, dtype=torch.float32)
+    log_p = i * poisson_rate.float().log()[..., None] - torch.lgamma(i + 1)
+    return log_p.softmax(dim=-1)
+
+
+def normal_target(normal_scale: Tensor, num_experts: int, across_layers: bool = False) -> Tensor:
+    """Target of the normal balance loss, eq. 8: a normal density around N/2, sorted in descending order.
+
+    Args:
+        normal_scale: sigma, `[num_layers]`.
+        num_experts: N.
+        across_layers: the released code's form: one normalization over all layers, so that a layer's target sums to
+            about 1 / num_layers. Otherwise every layer's target sums to 1.
+
+    Returns:
+        `[num_layers, num_experts]`.
+    """
+    sigma = normal_scale.float()[:, None]
+    i = torch.arange(1, num_experts + 1, device=normal_scale.device, dtype=torch.float32)
+    log_density = -((i - num_experts / 2) ** 2) / (2 * sigma**2) - sigma.log()
+    if across_layers:
+        target = log_density.flatten().softmax(dim=0).view_as(log_density)
+    else:
+        target = log_density.softmax(dim=-1)
+    return target.sort(dim=-1, descending=True).values
+
+
+def divergence(target: Tensor, observed: Tensor, form: str, eps: float) -> Tensor:
+    """Distance of `observed` from `target` over the last dimension.
+
+    Args:
+        target: probabilities `[..., N]`.
+        observed: probabilities `[..., N]`.
+        form: `"kl"` is `sum p log(p / q)` (the paper); `"abs_log_ratio"` is `sum p |log(p / (q + eps))|` (the released
+            code).
+        eps: floor of `observed` for `"kl"`, added to it for `"abs_log_ratio"`.
+    """
+    if form == "kl":
+        # xlogy keeps a target entry that underflowed to zero from giving 0 * -inf.
+        return (torch.xlogy(target, target) - target * observed.clamp_min(eps).log()).sum(dim=-1)
+    return (target * (target / (observed + eps)).log().abs()).sum(dim=-1)
+
+
+def poisson_distinction(router_probs: Tensor, poisson_rate: Tensor, form: str = "kl") -> Tensor:
+    """Per-token Poisson distinction loss, eq. 7: how far the sorted router probabilities are from the target.
+
+    Args:
+        router_probs: `[..., tokens, num_experts]`, after the softmax.
+        poisson_rate: lambda, `[...]` (one per layer).
+        form: see `divergence`.
+
+    Returns:
+        `[..., tokens]`; the caller averages over non-padding tokens and layers.
+    """
+    sorted_probs = router_probs.float().sort(dim=-1, descending=True).values
+    target = poisson_target(poisson_rate, router_probs.shape[-1])[..., None, :]
+    return divergence(target, sorted_probs, form, _LOG_EPS)
+
+
+def normal_balance(
+    loads: Tensor, normal_scale: Tensor, form: str = "kl", across_layers: bool = False
+) -> Tensor:
+    """Normal balance loss, eq. 9, one value per layer.
+
+    Args:
+        loads: non-negative expert loads `[num_layers, num_experts]` in any unit; normalized per layer here.
+        normal_scale: sigma, `[num_layers]`.
+        form: see `divergence`.
+        across_layers: see `normal_target`.
+
+    Returns:
+        `[num_layers]`.
+    """
+    shares = loads.float() / loads.float().sum(dim=-1, keepdim=True).clamp_min(_LOAD_EPS)
+    shares = shares.sort(dim=-1, descending=True).values
+    target = normal_target(normal_scale, loads.shape[-1], across_layers)
+    return divergence(target, shares, form, _LOAD_EPS)
+
+
+def edge_density_penalty(gates: Tensor, edge_density: float) -> Tensor:
+    """Squared distance of the mean learned edge gate from `edge_density`; scalar. (Ours: the paper's graph is static.)
+
+    Args:
+        gates: `[N (N - 1) / 2]`, values in (0, 1).
+        edge_density: the target mean.
+    """
+    return (gates.float().mean() - edge_density) ** 2 if gates.numel() else gates.new_zeros(())

@@ -1,0 +1,81 @@
+"""Equations 3 and 5 of the paper: the frozen FFN, the routing and the experts give the new hidden states.
+
+A function without state: `graphlora.tuner` holds the parameters and says what to record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphlora.experts import dense_mixing, lora_delta_loop, mixed_lora_delta
+from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn, draw_masks, expert_ffn_eager, expert_ffn_torch
+from graphlora.ops.expert_ffn.inputs import LoraMasks, masked
+from graphlora.router import Routing
+
+
+@dataclass(frozen=True)
+class MoeSettings:
+    """How the experts of one FFN block are applied.
+
+    Attributes:
+        granularity: `"ffn"`: an expert is the whole block with its own deltas; `"linear"`: experts are mixed at each
+            projection.
+        scaling: s = lora_alpha / r.
+        lora_dropout: dropout of the low-rank branches' inputs, 0 in evaluation.
+        hidden_dropout: the base model's own dropout inside the FFN, 0 in evaluation.
+        backend: `"eager"` or `"torch"`.
+    """
+
+    granularity: str
+    scaling: float
+    lora_dropout: float
+    hidden_dropout: float
+    backend: str
+
+
+def moe_ffn(x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings) -> Tensor:
+    """Output of an FFN block with routed LoRA experts.
+
+    Args:
+        x: `[tokens, d]`, in the compute dtype.
+        ffn: the frozen block.
+        experts: stacked low-rank pairs.
+        routing: the router's decision for these tokens.
+        settings: see `MoeSettings`.
+
+    Returns:
+        `[tokens, d]` in the dtype of `x`.
+    """
+    experts = experts.to(x.dtype)
+    intermediate_size = experts.up_B.shape[1]
+    with torch.autocast(x.device.type, enabled=False):
+        masks = draw_masks(
+            x, intermediate_size, experts.gate_A is not None, settings.lora_dropout, settings.hidden_dropout
+        )
+        if settings.granularity == "linear":
+            return _linear_granularity(x, ffn, experts, routing, settings, masks)
+        path = expert_ffn_eager if settings.backend == "eager" else expert_ffn_torch
+        weights, index = routing.top_k_weights, routing.top_k_index
+        return path(x, ffn, experts, weights, index, settings.scaling, masks)
+
+
+def _linear_granularity(
+    x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings, masks: LoraMasks
+) -> Tensor:
+    """Each projection is `W z + s sum_e w_e B_e A_e z`, with one routing for the block (eq. 3 as printed)."""
+    delta = lora_delta_loop if settings.backend == "eager" else mixed_lora_delta
+    mixing = dense_mixing(routing.top_k_weights, routing.top_k_index, experts.up_A.shape[0])
+    gate, up = ffn.project_in(x)
+    up = up + delta(masked(x, masks.up), experts.up_A, experts.up_B, mixing, settings.scaling)
+    if gate is None:
+        hidden = ffn.act(up)
+    else:
+        assert experts.gate_A is not None and experts.gate_B is not None
+        gate = gate + delta(masked(x, masks.gate), experts.gate_A, experts.gate_B, mixing, settings.scaling)
+        hidden = ffn.act(gate) * up
+    hidden = masked(hidden, masks.hidden)
+    out = ffn.project_out(hidden).to(x.dtype)
+    return out + delta(masked(hidden, masks.down), experts.down_A, experts.down_B, mixing, settings.scaling)

@@ -1,0 +1,53 @@
+"""The expert loop: equations 1, 2 and 5 of the paper, one expert after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphlora.ops.expert_ffn.inputs import ExpertWeights, FrozenFfn, LoraMasks, masked
+
+
+def expert_ffn_eager(
+    x: Tensor,
+    ffn: FrozenFfn,
+    experts: ExpertWeights,
+    top_k_weights: Tensor,
+    top_k_index: Tensor,
+    scaling: float,
+    masks: LoraMasks,
+) -> Tensor:
+    """`y = sum over the selected e of w_e E_e(x)`, with `E_e` the whole block and its own deltas.
+
+    Args:
+        x: `[tokens, d]`.
+        ffn: the frozen block.
+        experts: stacked low-rank pairs, in the dtype of `x`.
+        top_k_weights: `[tokens, top_k]`, summing to 1 per token.
+        top_k_index: `[tokens, top_k]`.
+        scaling: s = lora_alpha / r.
+        masks: dropout masks.
+
+    Returns:
+        `[tokens, d]`.
+    """
+    num_experts = experts.up_A.shape[0]
+    gate, up = ffn.project_in(x)
+    output = torch.zeros_like(x)
+    for e in range(num_experts):
+        token, slot = torch.where(top_k_index == e)
+        x_up = masked(x, masks.up)[token]
+        up_e = up[token] + scaling * (x_up @ experts.up_A[e].T) @ experts.up_B[e].T
+        if gate is None:
+            hidden = ffn.act(up_e)
+        else:
+            assert experts.gate_A is not None and experts.gate_B is not None
+            x_gate = masked(x, masks.gate)[token]
+            gate_e = gate[token] + scaling * (x_gate @ experts.gate_A[e].T) @ experts.gate_B[e].T
+            hidden = ffn.act(gate_e) * up_e
+        hidden = hidden if masks.hidden is None else hidden * masks.hidden[token]
+        dropped = hidden if masks.down is None else hidden * masks.down[token]
+        expert_output = ffn.project_out(hidden) + scaling * (dropped @ experts.down_A[e].T) @ experts.down_B[e].T
+        weight = top_k_weights[token, slot].to(x.dtype)
+        output = output.index_add(0, token, weight[:, None] * expert_output.to(x.dtype))
+    return output
