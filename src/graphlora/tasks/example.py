@@ -49,6 +49,10 @@ class Example:
                 f"item {self.id!r}: labels and prompts must be as many as its {count} choices"
             )
 
+    def context(self, position: int) -> str:
+        """The cloze context of the choice at `position`: `prompt`, or the choice's own of `prompts`."""
+        return self.prompt if self.prompts is None else self.prompts[position]
+
 
 @dataclass(frozen=True)
 class TextExample:

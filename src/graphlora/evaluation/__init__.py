@@ -1,0 +1,1 @@
+"""Scores a model on tasks and measures what that costs."""
