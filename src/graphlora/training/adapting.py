@@ -1,0 +1,53 @@
+"""Put the recipe's adapter on a base model."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from transformers import PreTrainedModel
+
+from graphlora.errors import GraphLoraError
+from graphlora.training.recipe import Recipe, suggestion
+
+
+def adapter_config(recipe: Recipe) -> PeftConfig:
+    """PEFT config of the recipe's method with the options that it gives.
+
+    Raises:
+        GraphLoraError: An option that the method does not have, or a value that its config refuses.
+    """
+    kind: Any = LoraConfig
+    if recipe.method == "graphlora":
+        from graphlora import GraphLoraConfig
+
+        kind = GraphLoraConfig
+    options = recipe.adapter_options()
+    known = {item.name for item in fields(kind)}
+    for name in options:
+        if name not in known:
+            raise GraphLoraError(f"{name} has no meaning for method {recipe.method}{suggestion(name, known)}")
+    if recipe.method == "lora":
+        options.setdefault("target_modules", "all-linear")
+    try:
+        return kind(task_type=TaskType.CAUSAL_LM, **options)
+    except TypeError as error:
+        raise GraphLoraError(f"the adapter's config refuses the recipe: {error}") from error
+
+
+def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """The model with a fresh adapter in float32; call `set_seed` before, the weights are random.
+
+    Raises:
+        GraphLoraError: See `adapter_config`; or the model has no module to adapt.
+    """
+    config = adapter_config(recipe)
+    try:
+        adapted = get_peft_model(model, config)
+    except GraphLoraError:
+        raise
+    except ValueError as error:
+        raise GraphLoraError(f"cannot adapt the model: {' '.join(str(error).split())}") from error
+    assert isinstance(adapted, PeftModel)
+    return adapted

@@ -1,0 +1,118 @@
+"""From a recipe to `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from graphlora.errors import GraphLoraError
+from graphlora.training.recipe import Recipe, suggestion
+
+SAME_NAME = (
+    "output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "fp16",
+    "train_sampling_strategy",
+    "seed",
+    "eval_strategy",
+    "eval_steps",
+    "metric_for_best_model",
+    "logging_steps",
+    "report_to",
+    "run_name",
+)
+REFUSED = {
+    "label_smoothing_factor": "it would replace the model's loss and drop the router's losses",
+    "push_to_hub": "push the finished adapter with PeftModel.push_to_hub",
+    "resume_from_checkpoint": "use --resume",
+    "logging_nan_inf_filter": "a loss that is not finite always stops the run",
+    "load_best_model_at_end": "it is an option of its own",
+    "remove_unused_columns": "rows have no unused columns",
+    "save_strategy": "it follows eval_strategy",
+    "save_only_model": "a run could not be resumed",
+}
+
+
+def training_arguments(recipe: Recipe, base_dtype: torch.dtype) -> TrainingArguments:
+    """Arguments of the `Trainer`.
+
+    Args:
+        recipe: The run; `metric_for_best_model` is resolved.
+        base_dtype: Dtype of the frozen base, which decides `bf16` where the recipe leaves it open.
+
+    Raises:
+        GraphLoraError: An unknown or refused name in `training_args`, or a value that transformers refuses.
+    """
+    validates = recipe.eval_strategy != "no"
+    values: dict[str, Any] = {name: getattr(recipe, name) for name in SAME_NAME}
+    values |= _checkpointing(recipe.gradient_checkpointing)
+    values |= {
+        "warmup_steps": recipe.warmup_steps or recipe.warmup_ratio,
+        "bf16": _autocasts(recipe, base_dtype),
+        "save_strategy": "epoch" if recipe.eval_strategy == "epoch" else "steps",
+        "save_steps": recipe.save_steps if recipe.save_steps is not None else recipe.eval_steps,
+        "save_total_limit": None,
+        "load_best_model_at_end": validates and recipe.load_best_model_at_end,
+        "logging_nan_inf_filter": False,
+        "logging_first_step": True,
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "restore_callback_states_from_checkpoint": True,
+    }
+    if not validates:
+        values["metric_for_best_model"] = None
+    values |= _checked(recipe)
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise GraphLoraError(f"transformers refuses the recipe: {' '.join(str(error).split())}") from error
+
+
+def _autocasts(recipe: Recipe, base_dtype: torch.dtype) -> bool:
+    if recipe.bf16 is not None:
+        return recipe.bf16
+    return base_dtype == torch.bfloat16 and torch.cuda.is_available() and not recipe.fp16
+
+
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """Non-reentrant activation checkpointing, under the name that this transformers uses."""
+    known = {item.name for item in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if on else {}
+
+
+def _checked(recipe: Recipe) -> dict[str, Any]:
+    known = {item.name for item in fields(TrainingArguments)}
+    own = {item.name for item in fields(Recipe)}
+    for name, value in recipe.training_args.items():
+        if name in REFUSED and value:
+            raise GraphLoraError(f"training_args.{name} is not supported: {REFUSED[name]}")
+        if name in own:
+            raise GraphLoraError(f"training_args.{name}: {name} is an option of its own; give --{name}")
+        if name not in known:
+            raise GraphLoraError(f"training_args.{name} is unknown to transformers{suggestion(name, known)}")
+    return dict(recipe.training_args)
+
+
+def checkpoint_bytes(num_trained: int, optimizer_state: int = 2) -> int:
+    """Size of one checkpoint in bytes: float32 weights and their optimizer state."""
+    return 4 * num_trained * (1 + optimizer_state)
+
+
+def needed_bytes(recipe: Recipe, num_trained: int) -> int:
+    """Room that a run takes: the checkpoints it keeps, the one being written, the best one, the adapter."""
+    kept = (recipe.save_total_limit or 1) + 2
+    return kept * checkpoint_bytes(num_trained) + 4 * num_trained

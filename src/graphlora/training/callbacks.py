@@ -1,0 +1,195 @@
+"""What is watched while training: expert loads, the loss, signals, and the lines on the terminal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from graphlora.errors import GraphLoraError
+
+ROUTING = ("expert_load_max", "entropy", "dead_experts", "poisson_rate", "normal_scale")
+MAX_LAYERS = 3
+
+
+def routing_summary(model: Any, max_layers: int = MAX_LAYERS) -> dict[str, float]:
+    """Routing of a GraphLoRA model in a number of values that does not grow with its depth.
+
+    Args:
+        model: Model wrapped by PEFT; any other adapter gives an empty summary.
+        max_layers: FFN blocks that are reported one by one, spread over the depth.
+
+    Returns:
+        `router/<value>_{mean,min,max}` over the blocks, and `router/layer_<i>/<value>` of a few blocks. The
+        values are `expert_load_max` (largest load over the fair share 1 / N), `entropy` (0 to 1),
+        `dead_experts`, `poisson_rate` (lambda) and `normal_scale` (sigma).
+    """
+    stats = getattr(getattr(model, "base_model", None), "routing_stats", None)
+    layers = [_values(layer) for layer in stats().values()] if stats is not None else []
+    if not layers:
+        return {}
+    summary = {}
+    for name in ROUTING:
+        values = [layer[name] for layer in layers if name in layer]
+        if values:
+            summary[f"router/{name}_mean"] = sum(values) / len(values)
+            summary[f"router/{name}_min"] = min(values)
+            summary[f"router/{name}_max"] = max(values)
+    for position in _spread(len(layers), max_layers):
+        for name, value in layers[position].items():
+            summary[f"router/layer_{position}/{name}"] = value
+    return summary
+
+
+class LossWatch:
+    """Remembers the first step whose loss was not finite, without making the host wait for the device."""
+
+    def __init__(self) -> None:
+        self.first_bad: Tensor | None = None
+        self.bad_loss: Tensor | None = None
+
+    def note(self, loss: Tensor, step: int) -> None:
+        """Take in a micro-batch's loss; on a CPU, where looking is free, check at once.
+
+        Raises:
+            GraphLoraError: See `check`.
+        """
+        if self.first_bad is None or self.bad_loss is None:
+            self.first_bad = torch.zeros((), dtype=torch.long, device=loss.device)
+            self.bad_loss = torch.zeros((), device=loss.device)
+        new = ~torch.isfinite(loss) & (self.first_bad == 0)
+        self.first_bad = torch.where(new, step, self.first_bad)
+        self.bad_loss = torch.where(new, loss.float(), self.bad_loss)
+        if loss.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raise `GraphLoraError` with the step where the loss was not finite."""
+        if self.first_bad is None or self.bad_loss is None or not int(self.first_bad):
+            return
+        raise GraphLoraError(f"the loss is {float(self.bad_loss)} at step {int(self.first_bad)}")
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint and end training; a second one ends at once.
+
+    Attributes:
+        received: Name of the signal that came, or `None`.
+    """
+
+    def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:
+        """Start without a signal.
+
+        Args:
+            agree: With several processes, whether any of them got a signal; called at logging steps.
+        """
+        self.received: str | None = None
+        self._agree = agree
+        self._old: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take over SIGINT and SIGTERM; only the main thread can, elsewhere nothing changes."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._on_signal)
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a checkpoint and the end of training."""
+        if self._stopping(state):
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do not validate because an epoch "ended" in its middle: the resumed run would not."""
+        between = state.epoch is not None and abs(state.epoch - round(state.epoch)) > 1e-6
+        if self.received is not None and control.should_training_stop and between:
+            control.should_evaluate = False
+            control.should_save = False
+
+    def _stopping(self, state: TrainerState) -> bool:
+        if self._agree is None:
+            return self.received is not None
+        if state.global_step % max(1, int(state.logging_steps)) != 0:
+            return False
+        if self._agree(self.received is not None):
+            self.received = self.received or "a signal to another process"
+        return self.received is not None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            self.restore()
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        sys.stderr.write("\nstopping after this step with a checkpoint; press Ctrl-C again to stop at once\n")
+
+
+class Progress(ProgressCallback):
+    """Progress bar with the time left, and one short line per log entry."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the values a person follows; trackers get all of them."""
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            line = log_line(logs, state.global_step)
+            if line is not None:
+                self.training_bar.write(line, file=sys.stderr)
+
+
+def log_line(logs: dict[str, Any], step: int) -> str | None:
+    """One line for the terminal; `None` for entries that only the record keeps."""
+    if "loss" in logs:
+        parts = [f"loss {logs['loss']:.4f}", f"lr {logs.get('learning_rate', 0):.2e}"]
+        if "router/expert_load_max_max" in logs:
+            parts.append(f"busiest expert {logs['router/expert_load_max_max']:.2f}x its share")
+            parts.append(f"entropy {logs['router/entropy_mean']:.3f}")
+            parts.append(f"dead experts {logs['router/dead_experts_max']:.0f}")
+        return f"step {step}: " + ", ".join(parts)
+    if "eval_loss" in logs:
+        parts = [f"loss {logs['eval_loss']:.4f}"]
+        parts += [
+            f"{key.removeprefix('eval_')} {logs[key]:.4f}"
+            for key in logs
+            if key.startswith("eval_") and key.endswith(("acc", "acc_norm"))
+        ]
+        return f"step {step}: validation " + ", ".join(parts)
+    return None
+
+
+def _values(layer: dict[str, Any]) -> dict[str, float]:
+    load: Sequence[float] = layer["expert_load"]
+    values = {"expert_load_max": max(load) * len(load)}
+    for name in ROUTING[1:]:
+        if layer.get(name) is not None:
+            values[name] = float(layer[name])
+    return values
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of `count` positions, the first and the last among them."""
+    if count <= wanted:
+        return list(range(count))
+    return sorted({round(step * (count - 1) / (wanted - 1)) for step in range(wanted)})

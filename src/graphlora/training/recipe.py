@@ -1,0 +1,299 @@
+"""The recipe of a training run: one flat record that the command line, a YAML file and Python share.
+
+Names are `transformers.TrainingArguments`' for training and `GraphLoraConfig`'s for the adapter, so that what
+a user knows from there holds here. Imports no torch: a recipe is read, checked and shown in milliseconds.
+"""
+
+# ruff: noqa: RUF009 - `option` only builds a `dataclasses.field`.
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+
+from graphlora.errors import GraphLoraError
+
+GROUPS = {
+    "model": "Model and method",
+    "adapter": "Adapter (left out: the preset's value)",
+    "data": "Data",
+    "training": "Training",
+    "evaluation": "Validation and checkpoints",
+    "output": "Output",
+}
+
+
+def option(group: str, text: str, default: Any = MISSING, factory: Any = MISSING) -> Any:
+    """A recipe field that carries its help text and the group it is listed under."""
+    return field(default=default, default_factory=factory, metadata={"group": group, "help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run. `None` means "the preset's, model's or device's own value"."""
+
+    model: str = option("model", "base model: a directory, a hub id, or a directory with one .gguf file")
+    task: str | dict[str, float] = option(
+        "data",
+        "task name, data file (.jsonl, .json, .csv, .parquet), hub:owner/name, or a mixture "
+        '\'{"arc_easy": 2, "boolq": 1}\' with weights',
+    )
+    output_dir: str = option("output", "directory for the adapter, its record and the checkpoints")
+
+    method: Literal["graphlora", "lora"] = option("model", "graphlora, or plain LoRA to compare", "graphlora")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "model", "dtype of the frozen base; adapters are float32; auto: bfloat16 where it is fast", "auto"
+    )
+    attn_implementation: str | None = option("model", "attention of transformers: sdpa, eager, ...", None)
+
+    preset: Literal["graphlora", "paper", "released"] | None = option("adapter", "preset of GraphLoRA", None)
+    num_experts: int | None = option("adapter", "experts per FFN block", None)
+    top_k: int | None = option("adapter", "experts that each token uses", None)
+    r: int | None = option("adapter", "LoRA rank", None)
+    lora_alpha: int | float | None = option("adapter", "LoRA alpha; the scaling is lora_alpha / r", None)
+    lora_dropout: float | None = option("adapter", "LoRA dropout", None)
+    target_modules: str | list[str] | None = option("adapter", "FFN blocks (lora: linear layers)", None)
+    attention_target_modules: str | list[str] | None = option(
+        "adapter", "attention projections with plain LoRA", None
+    )
+    exclude_modules: str | list[str] | None = option("adapter", "modules to leave alone", None)
+    layers_to_transform: list[int] | int | None = option("adapter", "layers to adapt", None)
+    expert_granularity: str | None = option("adapter", "ffn or linear", None)
+    router_type: str | None = option("adapter", "graph or linear", None)
+    router_conv: str | None = option("adapter", "gcn, sage or gat", None)
+    router_num_layers: int | None = option("adapter", "graph layers of the router", None)
+    router_hidden_size: int | None = option("adapter", "width of the router", None)
+    edge_init: str | None = option("adapter", "random, similarity, ring, complete, none or learned", None)
+    edge_density: float | None = option("adapter", "share of expert pairs that are joined", None)
+    edges: list[list[int]] | None = option(
+        "adapter", "explicit edges between experts: [[0, 1], [2, 3]]", None
+    )
+    graph_seed: int | None = option("adapter", "seed of the random graph", None)
+    shared_graph: bool | None = option("adapter", "one graph for all blocks", None)
+    router_poisson_loss_coef: float | None = option("adapter", "weight of the Poisson distinction loss", None)
+    router_normal_loss_coef: float | None = option("adapter", "weight of the normal balance loss", None)
+    load_window: str | None = option("adapter", "cumulative, ema or batch", None)
+    modules_to_save: list[str] | None = option("adapter", "modules trained in full", None)
+    backend: str | None = option("adapter", "auto, eager, torch or triton", None)
+    adapter_args: dict[str, Any] = option("adapter", "any other field of the adapter's config", factory=dict)
+
+    data_dir: str | None = option("data", "folder with the tasks' files in the hub's schemas", None)
+    scoring: Literal["cloze", "letter"] = option(
+        "data", "multiple choice is answered by the choice's text (cloze) or its letter", "cloze"
+    )
+    train_on: Literal["completion", "all"] = option(
+        "data", "loss on the answer only, or on all", "completion"
+    )
+    append_eos: bool = option("data", "end each answer with the end-of-text token, so that it stops", True)
+    max_length: int | None = option("data", "longest sequence in tokens; left out: the model's window", None)
+    truncation: Literal["refuse", "prompt", "end", "drop"] = option(
+        "data",
+        "rows longer than max_length: refuse; cut the prompt's start; cut the end; drop the row",
+        "refuse",
+    )
+    packing: bool = option("data", "join the rows of a batch in one sequence instead of padding", False)
+    train_limit: int | None = option("data", "train on this many rows, chosen by the seed", None)
+
+    learning_rate: float = option("training", "peak learning rate", 2e-4)
+    num_train_epochs: float = option("training", "passes over the data", 3.0)
+    max_steps: int = option("training", "optimizer steps; overrides num_train_epochs when positive", -1)
+    per_device_train_batch_size: int = option("training", "rows per device and forward pass", 16)
+    gradient_accumulation_steps: int = option("training", "forward passes per optimizer step", 1)
+    lr_scheduler_type: str = option(
+        "training", "linear, cosine, constant, constant_with_warmup, ...", "linear"
+    )
+    warmup_ratio: float = option("training", "share of the steps that warm up", 0.03)
+    warmup_steps: int = option("training", "warm-up steps; overrides warmup_ratio when positive", 0)
+    weight_decay: float = option("training", "weight decay (none on biases, norms, lambda and sigma)", 0.01)
+    max_grad_norm: float = option("training", "gradient clipping; 0 for none", 1.0)
+    optim: str = option("training", "optimizer, by transformers' name", "adamw_torch")
+    loraplus_lr_ratio: float | None = option("training", "LoRA+: learning rate of B over that of A", None)
+    bf16: bool | None = option("training", "bfloat16 autocast; left out: on a GPU with a bfloat16 base", None)
+    fp16: bool = option("training", "float16 autocast with loss scaling", False)
+    gradient_checkpointing: bool = option("training", "recompute activations to save memory", False)
+    train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = option(
+        "training", "order of the rows; shuffled anew each epoch from the seed", "random"
+    )
+    seed: int = option("training", "seed of weights, data order and dropout", 0)
+    training_args: dict[str, Any] = option(
+        "training", "any other field of transformers.TrainingArguments", factory=dict
+    )
+
+    eval_strategy: Literal["no", "steps", "epoch"] = option("evaluation", "when to validate", "steps")
+    eval_steps: float = option("evaluation", "steps between validations; below 1: share of all steps", 0.2)
+    save_steps: float | None = option(
+        "evaluation", "steps between checkpoints, a multiple of eval_steps; left out: eval_steps", None
+    )
+    save_total_limit: int | None = option("evaluation", "checkpoints to keep besides the best", 2)
+    per_device_eval_batch_size: int = option("evaluation", "rows per device when measuring the loss", 16)
+    eval_limit: int | None = option(
+        "evaluation", "validate on this many rows; left out: the whole split", None
+    )
+    load_best_model_at_end: bool = option("evaluation", "keep the checkpoint that validates best", True)
+    metric_for_best_model: str | None = option(
+        "evaluation", "left out: acc_norm (cloze), acc (letter), or loss for free text", None
+    )
+    early_stopping_patience: int | None = option(
+        "evaluation", "stop after this many validations without a gain", None
+    )
+    early_stopping_threshold: float = option("evaluation", "smallest gain that counts", 0.0)
+
+    logging_steps: float = option("output", "steps between log lines; below 1: share of all steps", 10)
+    report_to: str | list[str] = option("output", "none, tensorboard, wandb, trackio, ...", "none")
+    run_name: str | None = option("output", "name of the run in the trackers", None)
+
+    def __post_init__(self) -> None:
+        """Raise `GraphLoraError` for a value out of its range or options that exclude each other."""
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Recipe from plain values (YAML, JSON); strings such as `1e-4` become numbers.
+
+        Raises:
+            GraphLoraError: Unknown or missing name, wrong type, or value out of range.
+        """
+        known = {item.name for item in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise GraphLoraError(f"unknown recipe option {name!r}{suggestion(name, known)}")
+        required = [item.name for item in fields(cls) if _default(item) is MISSING]
+        missing = [name for name in required if values.get(name) is None]
+        if missing:
+            raise GraphLoraError(
+                f"the recipe has no {', '.join(missing)}; give --{missing[0]} or name it in it"
+            )
+        return cls(**_typed(values))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Recipe from a YAML file; see `from_dict`."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_yaml(self) -> str:
+        """All options as YAML, in the order of the fields; `Recipe.from_yaml` reads it back."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+    def changed(self, **values: Any) -> Recipe:
+        """Copy with some options replaced, checked again."""
+        return replace(self, **values)
+
+    def adapter_options(self) -> dict[str, Any]:
+        """The adapter's options that were given, for `GraphLoraConfig` or `peft.LoraConfig`."""
+        names = [item.name for item in fields(self) if item.metadata["group"] == "adapter"]
+        given = {name: getattr(self, name) for name in names if name != "adapter_args"}
+        return {name: value for name, value in given.items() if value is not None} | self.adapter_args
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Mapping in a YAML file.
+
+    Raises:
+        GraphLoraError: The file is missing, broken (names the line) or not a mapping.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GraphLoraError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not UTF-8 text"
+        raise GraphLoraError(f"{path}{line}: broken YAML: {problem}") from error
+    if not isinstance(values, dict):
+        raise GraphLoraError(f"{path} holds no recipe: expected lines such as 'model: PATH'")
+    return values
+
+
+def option_types() -> dict[str, Any]:
+    """Type of each recipe option."""
+    return get_type_hints(Recipe)
+
+
+def suggestion(name: str, known: set[str]) -> str:
+    """`"; did you mean 'x'?"` where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default is not MISSING else item.default_factory
+
+
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    types = option_types()
+    for name in values:
+        parser.add_argument(f"--{name}", type=types[name], default=SUPPRESS)
+    try:
+        return dict(parser.parse_object(values).as_dict())
+    except ArgumentError as error:
+        name = next((name for name in values if f'"{name}"' in str(error)), None)
+        if name is None:
+            raise GraphLoraError(f"the recipe does not fit: {' '.join(str(error).split())}") from error
+        expected = types[name].__name__ if isinstance(types[name], type) else str(types[name])
+        expected = expected.replace("typing.", "").replace("NoneType", "None")
+        raise GraphLoraError(f"{name} is {values[name]!r}; expected {expected}") from error
+
+
+POSITIVE = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "loraplus_lr_ratio",
+    "early_stopping_patience",
+    "max_length",
+    "train_limit",
+    "eval_limit",
+    "r",
+    "num_experts",
+    "top_k",
+)
+NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_ratio", "warmup_steps", "early_stopping_threshold")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for name in POSITIVE:
+        value = getattr(recipe, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise GraphLoraError(f"{name} is {value}; give a number above 0")
+    for name in NOT_NEGATIVE:
+        value = getattr(recipe, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise GraphLoraError(f"{name} is {value}; give 0 or more")
+    if recipe.warmup_ratio >= 1:
+        raise GraphLoraError(
+            f"warmup_ratio is {recipe.warmup_ratio}; give a share below 1, or use warmup_steps"
+        )
+    if isinstance(recipe.task, dict) and (not recipe.task or min(recipe.task.values()) <= 0):
+        raise GraphLoraError(f"task is {recipe.task}; give each task of a mixture a weight above 0")
+
+
+def _check_combinations(recipe: Recipe) -> None:
+    if recipe.bf16 and recipe.fp16:
+        raise GraphLoraError("bf16 and fp16 are both on; choose one")
+    if recipe.early_stopping_patience is not None and recipe.eval_strategy == "no":
+        raise GraphLoraError("early_stopping_patience needs validation; set eval_strategy to steps or epoch")
+    if recipe.save_steps is not None and recipe.eval_strategy == "steps" and recipe.load_best_model_at_end:
+        parts = recipe.save_steps / recipe.eval_steps
+        same_kind = (recipe.save_steps < 1) == (recipe.eval_steps < 1)
+        if not same_kind or abs(parts - round(parts)) > 1e-9:
+            raise GraphLoraError(
+                f"save_steps is {recipe.save_steps}, not a multiple of eval_steps ({recipe.eval_steps}); "
+                "make it one, or set load_best_model_at_end to false"
+            )

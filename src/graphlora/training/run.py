@@ -1,0 +1,352 @@
+"""One training run: from a recipe to an adapter with the record of how it came to be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from graphlora.errors import GraphLoraError
+from graphlora.records import RunRecord, data_hash, write_text
+from graphlora.tasks import Example, TextExample, load_examples, load_mixture
+from graphlora.training.adapting import add_adapter
+from graphlora.training.arguments import needed_bytes, training_arguments
+from graphlora.training.callbacks import Progress, StopOnSignal
+from graphlora.training.checkpoints import (
+    RECIPE_FILE,
+    RECORD_FILE,
+    STAGING,
+    check_space,
+    last_checkpoint,
+    prepare_output,
+    writing,
+)
+from graphlora.training.data import Encoded, Encoding, encode_all, packing_collator, padding_collator
+from graphlora.training.loading import load_base_model, load_tokenizer, pick_device, pick_dtype, resolve_path
+from graphlora.training.measuring import peak_memory
+from graphlora.training.recipe import Recipe
+from graphlora.training.resuming import check_same_run
+from graphlora.training.trainer import AdapterTrainer
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training ended on Ctrl-C or SIGTERM; the message says where it can go on and with which command."""
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        output_dir: Directory with the adapter, `config.yaml`, `record.json` and the checkpoints.
+        metrics: Training loss and speed, and the validation metrics of the kept checkpoint.
+        record: The record that was written.
+        model: The trained model; the best checkpoint's weights where one was chosen.
+        tokenizer: Its tokenizer.
+    """
+
+    output_dir: Path
+    metrics: dict[str, Any]
+    record: RunRecord
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass
+class RunData:
+    """Rows and items of a run.
+
+    Attributes:
+        train: Token rows to train on.
+        validation: Token rows to measure the loss on; `None` without validation.
+        items: Multiple-choice items per task, to measure accuracy on.
+        prompt_format: `"chat"` where training text went through the chat template, else `"plain"`.
+    """
+
+    train: Encoded
+    validation: Encoded | None
+    items: dict[str, list[Example]]
+    prompt_format: str
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Run a recipe with `transformers.Trainer`.
+
+    Args:
+        recipe: The run.
+        resume: Go on from the newest whole checkpoint in `output_dir`, if there is one.
+        overwrite: Replace the run in `output_dir`.
+
+    Returns:
+        The trained model and the record; the files are in `output_dir`.
+
+    Raises:
+        GraphLoraError: A mistake in the recipe or the data, a full disk, a loss that is not finite.
+        TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+    """
+    started = time.perf_counter()
+    recipe = located(recipe)
+    output = Path(recipe.output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        checkpoint = prepare_output(output, resume=resume, overwrite=overwrite)
+    else:
+        checkpoint = last_checkpoint(output) if resume else None
+    if resume and (output / RECIPE_FILE).is_file():
+        check_same_run(Recipe.from_yaml(output / RECIPE_FILE), recipe)
+    device = pick_device("cpu" if recipe.training_args.get("use_cpu") else "auto")
+    dtype = pick_dtype(recipe.dtype, device)
+    tokenizer = load_tokenizer(recipe.model)
+    base = load_base_model(recipe.model, dtype, attn_implementation=recipe.attn_implementation)
+    recipe = completed(recipe, base.config, dtype)
+    data = load_data(recipe, tokenizer)
+    recipe = recipe.changed(metric_for_best_model=recipe.metric_for_best_model or _metric(recipe, data))
+    set_seed(recipe.seed)
+    model = add_adapter(base, recipe)
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    check_space(output, needed_bytes(recipe, num_trained))
+    trainer = make_trainer(recipe, model, tokenizer, data, dtype)
+    if trainer.is_world_process_zero():
+        write_text(output / RECIPE_FILE, recipe.to_yaml())
+        _tell(recipe, data, num_trained, checkpoint, resume)
+    metrics = _run(trainer, recipe, checkpoint)
+    metrics |= {"num_trained": num_trained, "peak_memory": peak_memory(device)}
+    record = RunRecord.create(
+        "training",
+        asdict(recipe),
+        metrics | {"prompt_format": data.prompt_format, "rows": len(data.train.rows)},
+        model=recipe.model,
+        seed=recipe.seed,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        wall_time=time.perf_counter() - started,
+        peak_memory=metrics["peak_memory"],
+        data_hash=data_hash([*data.train.rows, *(data.validation.rows if data.validation else [])]),
+    )
+    if trainer.is_world_process_zero():
+        save(model, output)
+        record.write(output / RECORD_FILE)
+    return TrainResult(output, metrics, record, model, tokenizer)
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that it can be run again from anywhere."""
+    tasks = recipe.task
+    return recipe.changed(
+        model=resolve_path(recipe.model),
+        data_dir=None if recipe.data_dir is None else resolve_path(recipe.data_dir),
+        output_dir=str(Path(recipe.output_dir).expanduser().resolve()),
+        task=_located_task(tasks)
+        if isinstance(tasks, str)
+        else {_located_task(name): weight for name, weight in tasks.items()},
+    )
+
+
+def completed(recipe: Recipe, config: Any, dtype: torch.dtype) -> Recipe:
+    """The recipe with the values that depend on the model and the machine.
+
+    Raises:
+        GraphLoraError: `max_length` beyond the model's window.
+    """
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = recipe.max_length
+    if length is not None and window is not None and length > window:
+        raise GraphLoraError(f"max_length is {length} and the model's window is {window} tokens; lower it")
+    return recipe.changed(
+        max_length=length if length is not None else window, dtype=str(dtype).removeprefix("torch.")
+    )
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """Rows to train on, rows and items to validate on.
+
+    Raises:
+        GraphLoraError: Data that is missing, broken or too long.
+    """
+    how = Encoding(recipe.scoring, recipe.train_on, recipe.append_eos, recipe.max_length, recipe.truncation)
+    options = {"data_dir": recipe.data_dir, "seed": recipe.seed}
+    weights = recipe.task if isinstance(recipe.task, dict) else None
+    examples: list[Any] = (
+        load_mixture(weights, "train", limit=recipe.train_limit, **options)
+        if weights is not None
+        else load_examples(str(recipe.task), "train", limit=recipe.train_limit, **options)
+    )
+    chat = any(isinstance(item, TextExample) and item.messages is not None for item in examples)
+    train_rows = encode_all(examples, tokenizer, how)
+    if recipe.eval_strategy == "no":
+        return RunData(train_rows, None, {}, "chat" if chat else "plain")
+    held_out: dict[str, list[Any]] = {
+        name: load_examples(name, "validation", limit=recipe.eval_limit, **options)
+        for name in (weights if weights is not None else [str(recipe.task)])
+    }
+    everything = [item for part in held_out.values() for item in part]
+    if not everything:
+        raise GraphLoraError(
+            f"task {recipe.task} has no validation rows; add some, or set eval_strategy to no"
+        )
+    items = {name: part for name, part in held_out.items() if part and isinstance(part[0], Example)}
+    return RunData(train_rows, encode_all(everything, tokenizer, how), items, "chat" if chat else "plain")
+
+
+def make_trainer(
+    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: RunData, dtype: torch.dtype
+) -> AdapterTrainer:
+    """The trainer of a run, with its callbacks.
+
+    Raises:
+        GraphLoraError: Arguments that transformers refuses, or a tracker that is not installed.
+    """
+    arguments = training_arguments(recipe, dtype)
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.train.rows,
+            eval_dataset=data.validation.rows if data.validation else None,
+            data_collator=packing_collator() if recipe.packing else padding_collator(tokenizer),
+            tokenizer=tokenizer,
+            validation=data.items,
+            scoring=recipe.scoring,
+            loraplus_lr_ratio=recipe.loraplus_lr_ratio,
+            keep_checkpoints=recipe.save_total_limit,
+            truncate=recipe.truncation != "refuse",
+        )
+    except (RuntimeError, ImportError) as error:
+        raise GraphLoraError(f"cannot set up training: {' '.join(str(error).split())}") from error
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Progress())
+    if recipe.early_stopping_patience is not None:
+        trainer.add_callback(
+            EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold)
+        )
+    return trainer
+
+
+def save(model: PeftModel, output: Path) -> None:
+    """Write the adapter (weights, config, model card) beside its final place and rename the files into it.
+
+    Raises:
+        GraphLoraError: The disk is full or cannot be written.
+    """
+    staging = output / STAGING
+    with writing(output, "the checkpoints are kept"):
+        try:
+            model.save_pretrained(staging)
+            for path in sorted(staging.iterdir()):
+                path.replace(output / path.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def go_on_command(output: Path) -> str:
+    """The command that resumes a run."""
+    return f"graphlora train --config {output / RECIPE_FILE} --resume"
+
+
+def _run(trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
+    """Train; the metrics of the run."""
+    several = trainer.accelerator.num_processes > 1
+    stop = StopOnSignal(_any_process(trainer) if several else None)
+    trainer.add_callback(stop)
+    trainer.last_saved = checkpoint
+    output = Path(recipe.output_dir)
+    stop.install()
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        trainer.watch.check()
+    except GraphLoraError as error:
+        raise _explained(error, recipe, trainer.last_saved) from error
+    except KeyboardInterrupt as error:
+        raise TrainingInterrupted(_where_to_go_on(output)) from error
+    finally:
+        stop.restore()
+    if stop.received is not None:
+        raise TrainingInterrupted(_where_to_go_on(output))
+    return _metrics(trainer, result)
+
+
+def _metrics(trainer: AdapterTrainer, result: Any) -> dict[str, Any]:
+    state = trainer.state
+    steps = max(1, state.global_step - trainer._initial_global_step)
+    seconds = max(1e-9, result.metrics["train_runtime"] - trainer.seconds_aside)
+    tokens = int(trainer.tokens_seen)
+    chosen = trainer.args.load_best_model_at_end and state.best_global_step
+    step = state.best_global_step if chosen else state.global_step
+    validations = [entry for entry in state.log_history if "eval_loss" in entry]
+    kept = next((entry for entry in reversed(validations) if entry["step"] == step), {})
+    speed = ("runtime", "samples_per_second", "steps_per_second")
+    return {
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "kept_step": step,
+        "train_loss": result.training_loss,
+        **{k: v for k, v in kept.items() if k.startswith("eval_") and not k.endswith(speed)},
+        "step_time": seconds / steps,
+        "tokens_per_second": tokens / seconds,
+        "train_seconds": seconds,
+    }
+
+
+def _explained(error: GraphLoraError, recipe: Recipe, last: Path | None) -> GraphLoraError:
+    if "not finite" not in str(error) and "the loss is" not in str(error):
+        return error
+    where = f"the last good checkpoint is {last}" if last is not None else "no checkpoint had been saved yet"
+    return GraphLoraError(
+        f"{error}: training stopped; {where}. Lower learning_rate (now {recipe.learning_rate}), use a longer "
+        f"warm-up, or float32; go on with: {go_on_command(Path(recipe.output_dir))} --learning_rate "
+        f"{recipe.learning_rate / 4:g}"
+    )
+
+
+def _where_to_go_on(output: Path) -> str:
+    last = last_checkpoint(output)
+    if last is None:
+        return "stopped before the first checkpoint; nothing was saved"
+    return f"stopped; saved {last}. Go on with: {go_on_command(output)}"
+
+
+def _any_process(trainer: AdapterTrainer) -> Any:
+    def agree(mine: bool) -> bool:
+        flag = torch.tensor([int(mine)], device=trainer.args.device)
+        return bool(trainer.accelerator.gather(flag).sum())
+
+    return agree
+
+
+def _metric(recipe: Recipe, data: RunData) -> str | None:
+    if not data.items:
+        return "loss"
+    return "acc_norm" if recipe.scoring == "cloze" else "acc"
+
+
+def _located_task(task: str) -> str:
+    return resolve_path(task) if "." in Path(task).name or "/" in task else task
+
+
+def _tell(recipe: Recipe, data: RunData, num_trained: int, checkpoint: Path | None, resume: bool) -> None:
+    lines = [
+        f"{recipe.method} on {recipe.model} ({recipe.dtype}): {num_trained:,} parameters to train",
+        f"{len(data.train.rows):,} rows of {recipe.task}, {data.train.num_tokens:,} tokens, "
+        f"longest {data.train.longest}; output in {recipe.output_dir}",
+    ]
+    splits = [("training", data.train)] + ([("validation", data.validation)] if data.validation else [])
+    for name, part in splits:
+        if part.num_cut or part.num_dropped:
+            lines.append(
+                f"{name}: {part.num_cut} row(s) cut and {part.num_dropped} left out, longer than "
+                f"{recipe.max_length} tokens"
+            )
+    if checkpoint is not None:
+        lines.append(f"going on from {checkpoint}")
+    elif resume:
+        lines.append("no whole checkpoint to go on from; starting at the beginning")
+    sys.stderr.write("\n".join(lines) + "\n")

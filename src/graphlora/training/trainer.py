@@ -1,0 +1,263 @@
+"""The Hugging Face `Trainer` with what adapters need: accuracy, safe checkpoints, an exact order of rows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import rotate_checkpoints
+
+from graphlora.errors import GraphLoraError
+from graphlora.evaluation.encoding import Scoring
+from graphlora.evaluation.multiple_choice import score_examples, summarize
+from graphlora.tasks.example import Example
+from graphlora.training.callbacks import LossWatch, routing_summary
+from graphlora.training.checkpoints import CHECKPOINTS, STAGING, STATE_FILE, replace_directory, writing
+
+DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
+ACCURACIES = ("acc", "acc_norm")
+
+
+class EpochSampler(Sampler[int]):
+    """Row positions in an order that only the seed and the epoch decide, so that a resumed run repeats it."""
+
+    def __init__(self, lengths: Sequence[int], seed: int, group: int | None = None) -> None:
+        """Order rows.
+
+        Args:
+            lengths: Tokens of each row.
+            seed: Seed of the order.
+            group: Rows per optimizer step where they are to be of similar length; `None` for any order.
+        """
+        self.lengths, self.seed, self.group, self.epoch = list(lengths), seed, group, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Positions of the rows of this epoch."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.group is not None:
+            return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
+        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+
+
+class AdapterTrainer(Trainer):
+    """`Trainer` for adapters.
+
+    It validates with the task's accuracy beside the loss, stops at a loss that is not finite, orders rows by
+    seed and epoch, leaves weight decay off lambda and sigma, applies LoRA+, and renames checkpoints into
+    place when they are complete.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        validation: dict[str, list[Example]],
+        scoring: Scoring = "cloze",
+        loraplus_lr_ratio: float | None = None,
+        keep_checkpoints: int | None = None,
+        truncate: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Set up training.
+
+        Args:
+            args: Arguments of `Trainer`.
+            validation: Multiple-choice items per task, scored at each validation.
+            scoring: How they are scored.
+            loraplus_lr_ratio: Learning rate of `lora_B` over that of everything else.
+            keep_checkpoints: Checkpoints to keep; the newest and the best always stay.
+            truncate: Cut the beginnings of validation prompts that do not fit the model's window.
+            kwargs: Arguments of `Trainer`.
+        """
+        self.validation = validation
+        self.scoring: Scoring = scoring
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.keep_checkpoints = keep_checkpoints
+        self.truncate = truncate
+        self.watch = LossWatch()
+        self.seconds_aside = 0.0
+        self.tokens_seen: Tensor | int = 0
+        self.last_saved: Path | None = None
+        self._staging: Path | None = None
+        self.tokenizer: Any = kwargs.pop("tokenizer")
+        super().__init__(*args, **kwargs)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return Path(str(self.args.output_dir)) / CHECKPOINTS
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One micro-batch; on a CPU a loss that is not finite stops before the optimizer's step."""
+        mask = inputs.get("attention_mask")
+        self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.note(loss, self.state.global_step + 1)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; training entries carry the routing, and the loss is checked here on accelerators."""
+        if "loss" in logs:
+            self.watch.check()
+            logs.update(routing_summary(self.accelerator.unwrap_model(self.model)))
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Loss on the validation rows, and accuracy on all validation items."""
+        started = time.perf_counter()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        accuracy = self.accuracy()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in accuracy.items()})
+        self.seconds_aside += time.perf_counter() - started
+        return output
+
+    def accuracy(self) -> dict[str, float]:
+        """Accuracy on the validation items; with several tasks each one's, and their mean."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        found: dict[str, dict[str, float]] = {}
+        for task, examples in self.validation.items():
+            model = self.accelerator.unwrap_model(self.model)
+            share = examples[rank::ranks]
+            results = (
+                score_examples(
+                    model,
+                    self.tokenizer,
+                    share,
+                    self.scoring,
+                    progress=not self.args.disable_tqdm,
+                    truncate=self.truncate,
+                )
+                if share
+                else []
+            )
+            summary = summarize(gather_object(results) if ranks > 1 else results)
+            found[task] = {name: summary[name] for name in ACCURACIES if summary.get(name) is not None}
+        values = {
+            name: sum(part[name] for part in found.values()) / len(found)
+            for name in ACCURACIES
+            if found and all(name in part for part in found.values())
+        }
+        if len(found) > 1:
+            values |= {f"{task}_{name}": part[name] for task, part in found.items() for name in part}
+        return values
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Optimizer by `optim`; with LoRA+ the `lora_B` have a learning rate of their own."""
+        if self.optimizer is None and self.loraplus_lr_ratio is not None:
+            model = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(self._loraplus_groups(model), **options)
+        return super().create_optimizer(model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Parameters under weight decay: not biases, norms, lambda or sigma."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not DISTRIBUTION_PARAMETER.search(name)]
+
+    def _loraplus_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        assert self.loraplus_lr_ratio is not None
+        decaying = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(("lora_B" in name, name in decaying), []).append(parameter)
+        rate, decay = self.args.learning_rate, self.args.weight_decay
+        return [
+            {
+                "params": parameters,
+                "lr": rate * self.loraplus_lr_ratio if is_b else rate,
+                "weight_decay": decay if decays else 0.0,
+            }
+            for (is_b, decays), parameters in sorted(groups.items(), key=lambda entry: entry[0])
+        ]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler([len(row["input_ids"]) for row in rows], seed, group=step if by_length else None)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints if self._staging is None else self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write a checkpoint beside the others and rename it into place when it is whole."""
+        started = time.perf_counter()
+        self.watch.check()
+        self._check_weights()
+        step = self.state.global_step
+        final = self.checkpoints / f"checkpoint-{step}"
+        kept = (
+            f"the last whole checkpoint is {self.last_saved}"
+            if self.last_saved
+            else "no checkpoint was saved yet"
+        )
+        self._staging = self.checkpoints / STAGING
+        try:
+            with writing(final, kept):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._finish_checkpoint(self._staging / final.name, final)
+                self.accelerator.wait_for_everyone()
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        self.last_saved = final
+        self.seconds_aside += time.perf_counter() - started
+
+    def _finish_checkpoint(self, staged: Path, final: Path) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / STATE_FILE))
+        replace_directory(staged, final)
+        rotate_checkpoints(
+            str(self.checkpoints), self.keep_checkpoints, self.state.best_model_checkpoint, use_mtime=False
+        )
+
+    def _check_weights(self) -> None:
+        """Keep weights that are not finite out of checkpoints."""
+        trained = [p for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad]
+        finite = torch.stack([torch.isfinite(p.detach()).all() for p in trained]).all()
+        if not bool(finite):
+            raise GraphLoraError(f"weights are not finite after step {self.state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore both; a learning rate or weight decay that the recipe changed since takes effect."""
+        if self.optimizer is None or self.lr_scheduler is None or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        schedule = getattr(self.lr_scheduler, "lr_lambdas", None)
+        if schedule is not None and rates != list(self.lr_scheduler.base_lrs):
+            self.lr_scheduler.base_lrs = rates
+            step = self.lr_scheduler.last_epoch
+            for group, rate, shape in zip(self.optimizer.param_groups, rates, schedule, strict=True):
+                group["initial_lr"], group["lr"] = rate, rate * shape(step)
+        return None
