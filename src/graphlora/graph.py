@@ -92,7 +92,9 @@ def _checked_edge(num_experts: int, edge: Iterable[int]) -> Edge:
             f"edges: {list(pair)} is not a pair of experts; experts are numbered 0 to {num_experts - 1}."
         )
     if pair[0] == pair[1]:
-        raise GraphLoraError(f"edges: {list(pair)} joins expert {pair[0]} to itself; self-loops are always there.")
+        raise GraphLoraError(
+            f"edges: {list(pair)} joins expert {pair[0]} to itself; self-loops are always there."
+        )
     return pair[0], pair[1]
 
 

@@ -36,7 +36,9 @@ class MoeSettings:
     backend: str
 
 
-def moe_ffn(x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings) -> Tensor:
+def moe_ffn(
+    x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings
+) -> Tensor:
     """Output of an FFN block with routed LoRA experts.
 
     Args:
@@ -63,7 +65,12 @@ def moe_ffn(x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing,
 
 
 def _linear_granularity(
-    x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings, masks: LoraMasks
+    x: Tensor,
+    ffn: FrozenFfn,
+    experts: ExpertWeights,
+    routing: Routing,
+    settings: MoeSettings,
+    masks: LoraMasks,
 ) -> Tensor:
     """Each projection is `W z + s sum_e w_e B_e A_e z`, with one routing for the block (eq. 3 as printed)."""
     delta = lora_delta_loop if settings.backend == "eager" else mixed_lora_delta

@@ -66,7 +66,8 @@ class Float32State(nn.Module):
     float32_names: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32State:
-        kept = {name: getattr(self, name).detach() for name in self.float32_names if hasattr(self, name)}
+        tensors = ((name, getattr(self, name, None)) for name in self.float32_names)
+        kept = {name: tensor.detach() for name, tensor in tensors if tensor is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
@@ -162,7 +163,14 @@ class LinearRouter(CenteredRouter):
     """
 
     def __init__(
-        self, hidden_size: int, num_experts: int, *, input_norm: bool, centering: bool, seed: int, spread: float
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        input_norm: bool,
+        centering: bool,
+        seed: int,
+        spread: float,
     ) -> None:
         super().__init__(num_experts, centering)
         self.input_norm = input_norm
@@ -248,7 +256,9 @@ class GraphRouter(CenteredRouter):
             self.expert_features = nn.Parameter(torch.randn(num_experts, width))
         self.conv_weight = _glorot(num_layers, width, width)
         self.self_weight = _glorot(num_layers, width, width) if self.has_self_weight else None
-        self.attention = nn.Parameter(torch.randn(num_layers, 2, width) / width**0.5) if conv == "gat" else None
+        self.attention = (
+            nn.Parameter(torch.randn(num_layers, 2, width) / width**0.5) if conv == "gat" else None
+        )
         self.out_proj = nn.Parameter(torch.empty(width))
         nn.init.uniform_(self.out_proj, -math.sqrt(6 / (width + 1)), math.sqrt(6 / (width + 1)))
         if adjacency is None:
@@ -260,7 +270,9 @@ class GraphRouter(CenteredRouter):
         if learned_edges:
             gates = graph.edge_gate_logits(adjacency.cpu(), edge_density) if not adjacency.is_meta else None
             pairs = num_experts * (num_experts - 1) // 2
-            self.edge_logits = nn.Parameter(torch.empty(pairs) if gates is None else gates.to(self.out_proj.device))
+            self.edge_logits = nn.Parameter(
+                torch.empty(pairs) if gates is None else gates.to(self.out_proj.device)
+            )
         self.calibrate(hidden_size, seed, spread)
 
     def expert_nodes(self) -> Tensor:

@@ -17,7 +17,10 @@ _PROBE = (-3.0, -0.7, 0.3, 2.0)
 _KNOWN: tuple[tuple[Activation, ActivationBackward], ...] = (
     (F.silu, lambda grad, x: _aten.silu_backward(grad, x)),
     (F.gelu, lambda grad, x: _aten.gelu_backward(grad, x)),
-    (lambda x: F.gelu(x, approximate="tanh"), lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh")),
+    (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
     (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
 )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
 
+
 @dataclass(frozen=True)
 class FrozenFfn:
     """The frozen FFN block, as the calls the experts share. The projections stay modules, so quantized ones work.

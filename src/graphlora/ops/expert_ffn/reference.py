@@ -47,7 +47,9 @@ def expert_ffn_eager(
             hidden = ffn.act(gate_e) * up_e
         hidden = hidden if masks.hidden is None else hidden * masks.hidden[token]
         dropped = hidden if masks.down is None else hidden * masks.down[token]
-        expert_output = ffn.project_out(hidden) + scaling * (dropped @ experts.down_A[e].T) @ experts.down_B[e].T
+        expert_output = (
+            ffn.project_out(hidden) + scaling * (dropped @ experts.down_A[e].T) @ experts.down_B[e].T
+        )
         weight = top_k_weights[token, slot].to(x.dtype)
         output = output.index_add(0, token, weight[:, None] * expert_output.to(x.dtype))
     return output

@@ -130,7 +130,17 @@ class ExpertMix(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Args: frozen products `[tokens, f]`, low-rank inputs `[tokens, N r]`, stacked weights, routing, masks."""
         ctx.save_for_backward(
-            gate, up, low_gate, low_up, gate_B, up_B, down_A, top_k_weights, top_k_index, hidden_mask, down_mask
+            gate,
+            up,
+            low_gate,
+            low_up,
+            gate_B,
+            up_B,
+            down_A,
+            top_k_weights,
+            top_k_index,
+            hidden_mask,
+            down_mask,
         )
         ctx.scaling, ctx.act = scaling, act
         num_experts, r, _ = down_A.shape
@@ -197,7 +207,9 @@ class ExpertMix(torch.autograd.Function):
                 d_up_k = act.backward(d_hidden, up_k)
             else:
                 d_gate_k = act.backward(d_hidden * up_k, gate_k)
-                _backward_pre_activation(d_gate_k, low_gate, rank_gate, part, s, d_gate, d_low_gate, d_rank_gate)
+                _backward_pre_activation(
+                    d_gate_k, low_gate, rank_gate, part, s, d_gate, d_low_gate, d_rank_gate
+                )
                 d_up_k = d_hidden.mul_(activated)
             _backward_pre_activation(d_up_k, low_up, rank_up, part, s, d_up, d_low_up, d_rank_up)
 

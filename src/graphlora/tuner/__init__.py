@@ -1,0 +1,1 @@
+"""The PEFT tuner: configuration, adapted layers, losses and state."""

@@ -1,0 +1,183 @@
+"""From a routing record to loads and auxiliary losses (paper sections 4.2 and 4.3), once per forward."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from graphlora.load import all_ranks_load, batch_load, windowed_load
+from graphlora.losses import normal_balance, poisson_distinction
+from graphlora.router import GraphRouter, Routing
+from graphlora.tuner.record import RoutingRecord
+
+if TYPE_CHECKING:
+    from graphlora.tuner.config import GraphLoraConfig
+    from graphlora.tuner.coordination import Coordination
+    from graphlora.tuner.layer import GraphLoraLayer
+
+Entry = tuple["GraphLoraLayer", Routing, "Tensor | None"]
+
+
+def auxiliary_loss(
+    record: RoutingRecord, masks: dict[str, Tensor | None], adapter_name: str, config: GraphLoraConfig
+) -> Tensor:
+    """Weighted sum of the auxiliary losses of one forward; in a training forward, also takes the loads in.
+
+    Args:
+        record: routing of every block.
+        masks: flags of the tokens that count, by side (`graphlora.tuner.masks`).
+        adapter_name: the active adapter.
+        config: its configuration.
+
+    Returns:
+        Scalar, float32, on the device of the first block: `router_poisson_loss_coef * poisson +
+        router_normal_loss_coef * normal` (+ the penalty of learned edges), each a mean over blocks.
+    """
+    if not record.entries:
+        return torch.zeros(())
+    device = record.entries[0][1].router_logits.device
+    entries = [(layer, routing, _mask_for(layer, routing, masks)) for layer, routing in record.entries]
+    total = torch.zeros((), device=device)
+    if config.router_poisson_loss_coef:
+        total = total + config.router_poisson_loss_coef * _poisson(entries, adapter_name, config, device)
+    loads = [_batch_load(routing, mask, config).to(device) for _, routing, mask in entries]
+    if record.training:
+        loads = _sum_over_ranks(entries, loads, adapter_name, device)
+    windowed = []
+    for (layer, _, _), load in zip(entries, loads, strict=True):
+        history = layer.graphlora_coordination[adapter_name].cumulative_weights
+        windowed.append(
+            windowed_load(history.to(device), load, config.load_window or "ema", config.load_decay)
+        )
+        if record.training:
+            history.copy_(windowed[-1].detach())
+    if config.router_normal_loss_coef:
+        total = total + config.router_normal_loss_coef * _normal(
+            entries, windowed, adapter_name, config, device
+        )
+    penalties = [p for p in (_edge_penalty(layer, adapter_name) for layer, _, _ in entries) if p is not None]
+    if penalties and config.edge_density_loss_coef:
+        penalty = torch.stack([p.to(device) for p in penalties]).mean()
+        total = total + config.edge_density_loss_coef * penalty
+    return total
+
+
+def _mask_for(layer: GraphLoraLayer, routing: Routing, masks: dict[str, Tensor | None]) -> Tensor | None:
+    mask = masks[layer.side]
+    tokens = len(routing.router_logits)
+    if mask is None:
+        return None
+    if mask.numel() != tokens:
+        warnings.warn(
+            f"The attention mask has {mask.numel()} tokens where {layer.block_name} saw {tokens}; "
+            "all tokens, padding included, count in the auxiliary losses.",
+            stacklevel=2,
+        )
+        return None
+    return mask.to(routing.router_logits.device)
+
+
+def _poisson(
+    entries: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
+) -> Tensor:
+    """Mean over blocks of the mean over tokens that count; blocks of equal shape are taken together."""
+    per_block = []
+    for group in _groups(entries).values():
+        probs = torch.stack([routing.router_probs.to(device) for _, routing, _ in group])
+        rates = torch.stack(
+            [_coordination(layer, adapter_name).poisson_rate.to(device) for layer, _, _ in group]
+        )
+        per_token = poisson_distinction(probs, rates, config.divergence or "kl")
+        mask = group[0][2]
+        if mask is None:
+            per_block.append(per_token.mean(dim=-1) if per_token.shape[-1] else per_token.sum(dim=-1))
+        else:
+            flags = mask.to(device, per_token.dtype)
+            per_block.append((per_token * flags).sum(dim=-1) / flags.sum().clamp_min(1))
+    return torch.cat(per_block).mean()
+
+
+def _normal(
+    entries: list[Entry],
+    loads: list[Tensor],
+    adapter_name: str,
+    config: GraphLoraConfig,
+    device: torch.device,
+) -> Tensor:
+    """Mean over blocks of the normal balance loss; with `"all_layers"` blocks of equal N share one target."""
+    by_size: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for (layer, _, _), load in zip(entries, loads, strict=True):
+        by_size[len(load)].append((load, _coordination(layer, adapter_name).normal_scale.to(device)))
+    per_block = []
+    for pairs in by_size.values():
+        stacked, scales = (torch.stack(column) for column in zip(*pairs, strict=True))
+        across = config.normal_target == "all_layers"
+        per_block.append(normal_balance(stacked, scales, config.divergence or "kl", across))
+    return torch.cat(per_block).mean()
+
+
+def _batch_load(routing: Routing, mask: Tensor | None, config: GraphLoraConfig) -> Tensor:
+    weights = routing.top_k_weights
+    if not config.norm_load_weights:
+        # The released code adds each token's selected probabilities once per selected expert.
+        weights = routing.router_probs.gather(1, routing.top_k_index) * weights.shape[1]
+    return batch_load(weights, routing.top_k_index, routing.router_probs.shape[1], mask)
+
+
+@torch.no_grad()
+def _mean_logits(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum over the tokens that count of the centered logits, `[num_experts]`, and their number, `[1]`."""
+    logits = routing.router_logits
+    if mask is None:
+        return logits.sum(dim=0), logits.new_full((1,), float(len(logits)))
+    flags = mask.to(logits.dtype)
+    return flags @ logits, flags.sum()[None]
+
+
+def _sum_over_ranks(
+    entries: list[Entry], loads: list[Tensor], adapter_name: str, device: torch.device
+) -> list[Tensor]:
+    """Loads summed over all processes, by the one reduction of a training forward; also centers the routers."""
+    parts: list[Tensor] = []
+    for (_, routing, mask), load in zip(entries, loads, strict=True):
+        parts += [load.detach(), *(t.to(device) for t in _mean_logits(routing, mask))]
+    summed = torch.cat(parts)
+    world_size = 1
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        world_size = dist.get_world_size()
+        dist.all_reduce(summed)
+    sizes = [len(part) for part in parts]
+    pieces = summed.split(sizes)
+    result = []
+    for i, ((layer, _, _), load) in enumerate(zip(entries, loads, strict=True)):
+        total_load, total_logits, count = pieces[3 * i : 3 * i + 3]
+        result.append(load if world_size == 1 else all_ranks_load(load, total_load, world_size))
+        layer.graphlora_router[adapter_name].update_mean((total_logits / count.clamp_min(1)).to(_home(layer)))
+    return result
+
+
+def _home(layer: GraphLoraLayer) -> torch.device:
+    return next(layer.graphlora_up_proj.parameters()).device
+
+
+def _coordination(layer: GraphLoraLayer, adapter_name: str) -> Coordination:
+    return layer.graphlora_coordination[adapter_name]  # pyright: ignore[reportReturnType]
+
+
+def _edge_penalty(layer: GraphLoraLayer, adapter_name: str) -> Tensor | None:
+    router = layer.graphlora_router[adapter_name]
+    return router.edge_penalty() if isinstance(router, GraphRouter) else None
+
+
+def _groups(entries: list[Entry]) -> dict[tuple[object, ...], list[Entry]]:
+    """Entries that can be stacked: same side, same number of tokens and experts."""
+    groups: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        layer, routing, mask = entry
+        groups[layer.side, mask is None, *routing.router_probs.shape].append(entry)
+    return groups

@@ -1,0 +1,256 @@
+"""`GraphLoraConfig`: everything that defines an adapter, checked before anything is built from it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from graphlora.errors import GraphLoraError
+from graphlora.ops.backend import BACKENDS
+from graphlora.tuner.presets import PRESETS
+from graphlora.tuner.register import graphlora_peft_type
+
+# An untrusted adapter_config.json must not be able to ask for terabytes.
+MAX_EXPERTS, MAX_RANK, MAX_ROUTER_WIDTH, MAX_ROUTER_LAYERS = 1024, 4096, 16384, 16
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "expert_granularity": ("ffn", "linear"),
+    "router_type": ("graph", "linear"),
+    "router_conv": ("gcn", "sage", "gat"),
+    "expert_features": ("embedding", "projected"),
+    "router_self_term": ("none", "residual", "weight"),
+    "divergence": ("kl", "abs_log_ratio"),
+    "poisson_rate_form": ("smooth", "clamp"),
+    "normal_scale_form": ("bounded", "free", "fixed"),
+    "normal_target": ("per_layer", "all_layers"),
+    "load_window": ("cumulative", "ema", "batch"),
+    "backend": BACKENDS,
+}
+_EDGE_INITS = ("random", "similarity", "ring", "complete", "none", "learned")
+
+
+@dataclass
+class GraphLoraConfig(PeftConfig):
+    """Configuration of a GraphLoRA adapter.
+
+    Fields whose default is None take their value from `preset`; a value given explicitly wins over the preset. After
+    construction every such field holds its resolved value, which is what is saved.
+
+    Args:
+        preset: `"graphlora"` (the method with its known flaws mended), `"paper"` (the equations as printed) or
+            `"released"` (the authors' code).
+        num_experts: N, LoRA experts per FFN block.
+        top_k: K, experts that adapt each token.
+        r: rank of each expert and of the attention LoRA.
+        lora_alpha: the low-rank branch is scaled by `lora_alpha / r`.
+        lora_dropout: dropout on the low-rank branches' inputs, one mask per projection, shared by the experts.
+        target_modules: names (suffixes) or one regular expression of the FFN blocks; None finds them.
+        attention_target_modules: names or one regular expression of linear layers that get plain LoRA of the same rank;
+            None finds the attention projections, `[]` adapts the FFN blocks alone.
+        ffn_modules: names inside the FFN block where its layout is not known, e.g.
+            `{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "act_fn": "act"}`.
+        exclude_modules: names or one regular expression of modules to leave alone.
+        layers_to_transform: indices of the layers to adapt; None adapts all.
+        layers_pattern: name of the list of layers, where it cannot be told from the module names.
+        modules_to_save: other modules to train and save whole, e.g. a classification head.
+        num_experts_pattern: other N for blocks whose name matches a key (a suffix or a regular expression).
+        rank_pattern: other r, likewise.
+        alpha_pattern: other lora_alpha, likewise.
+        expert_granularity: `"ffn"`: an expert is the whole block with its own deltas (eqs. 1, 2, 5); `"linear"`: experts
+            are mixed at each projection (eq. 3 as printed).
+        norm_topk_prob: renormalize the selected probabilities to sum to 1; `"ffn"` granularity requires it.
+        router_type: `"graph"` (section 4.1) or `"linear"` (the ablation without a graph).
+        router_num_layers: L, graph convolution layers.
+        router_hidden_size: g, width of the graph router.
+        router_conv: `"gcn"`, `"sage"` or `"gat"`.
+        router_input_gain: Glorot gain of the token projection P_x.
+        router_self_term: a node's own features beside the aggregate: `"none"`, `"residual"` (to the initial features) or
+            `"weight"` (a weight matrix of its own).
+        router_self_term_weight: a, share of the initial features in the residual form.
+        router_input_norm: RMS-normalize the token before P_x.
+        router_logit_centering: subtract a running mean per expert from the logits.
+        router_init_spread: standard deviation of the centered logits at initialization.
+        expert_features: `"embedding"` (trained) or `"projected"` (frozen features with a trained projection).
+        edge_density: beta, share of the expert pairs that are joined.
+        edge_init: `"random"`, `"similarity"`, `"ring"`, `"complete"`, `"none"` or `"learned"`.
+        edges: explicit expert pairs; replaces `edge_init`.
+        graph_seed: seed of the random graphs.
+        shared_graph: one random graph for all blocks instead of one per block.
+        divergence: `"kl"` (the paper) or `"abs_log_ratio"` (the released code), for both losses.
+        poisson_rate_form: lambda as `1 + sigmoid(x)` (`"smooth"`) or clamped to [1, 2] (`"clamp"`).
+        normal_scale_form: sigma trained above N/4 (`"bounded"`), trained freely (`"free"`) or `"fixed"` at N/2.
+        normal_target: normal target normalized `"per_layer"` or over `"all_layers"` at once (the released code).
+        load_window: which loads the normal loss sees: `"cumulative"`, `"ema"` or `"batch"`.
+        load_decay: decay per training forward of the `"ema"` window.
+        norm_load_weights: count renormalized routing weights in the loads; otherwise the probabilities themselves.
+        router_poisson_loss_coef: weight of the Poisson distinction loss.
+        router_normal_loss_coef: weight of the normal balance loss.
+        edge_density_loss_coef: weight of the penalty that holds learned edges near `edge_density`.
+        backend: compute path: `"auto"`, `"eager"` (the expert loop), `"torch"` or `"triton"`.
+
+    Raises:
+        GraphLoraError: for a value that cannot work, naming it and the remedy.
+    """
+
+    preset: str = "graphlora"
+    num_experts: int = 8
+    top_k: int = 2
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: list[str] | set[str] | str | None = None
+    attention_target_modules: list[str] | set[str] | str | None = None
+    ffn_modules: dict[str, str] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    num_experts_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    expert_granularity: Literal["ffn", "linear"] = "ffn"
+    norm_topk_prob: bool = True
+    router_type: Literal["graph", "linear"] = "graph"
+    router_num_layers: int = 2
+    router_hidden_size: int | None = None
+    router_conv: Literal["gcn", "sage", "gat"] = "gcn"
+    router_input_gain: float | None = None
+    router_self_term: Literal["none", "residual", "weight"] | None = None
+    router_self_term_weight: float = 0.5
+    router_input_norm: bool | None = None
+    router_logit_centering: bool | None = None
+    router_init_spread: float = 1.5
+    expert_features: Literal["embedding", "projected"] | None = None
+    edge_density: float | None = None
+    edge_init: Literal["random", "similarity", "ring", "complete", "none", "learned"] | None = None
+    edges: list[list[int]] | None = None
+    graph_seed: int = 0
+    shared_graph: bool = False
+    divergence: Literal["kl", "abs_log_ratio"] | None = None
+    poisson_rate_form: Literal["smooth", "clamp"] | None = None
+    normal_scale_form: Literal["bounded", "free", "fixed"] | None = None
+    normal_target: Literal["per_layer", "all_layers"] | None = None
+    load_window: Literal["cumulative", "ema", "batch"] | None = None
+    load_decay: float = 0.9
+    norm_load_weights: bool | None = None
+    router_poisson_loss_coef: float | None = None
+    router_normal_loss_coef: float | None = None
+    edge_density_loss_coef: float = 1.0
+    backend: Literal["auto", "eager", "torch", "triton"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = graphlora_peft_type()
+        if self.preset not in PRESETS:
+            raise GraphLoraError(_not_a_choice("preset", self.preset, tuple(PRESETS)))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in ("target_modules", "attention_target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self._check_numbers()
+        self._check_choices()
+        self._check_patterns()
+
+    def _check_numbers(self) -> None:
+        _check_int("num_experts", self.num_experts, 1, MAX_EXPERTS)
+        _check_int("top_k", self.top_k, 1, MAX_EXPERTS)
+        _check_int("r", self.r, 1, MAX_RANK)
+        _check_int("router_num_layers", self.router_num_layers, 1, MAX_ROUTER_LAYERS)
+        _check_int("router_hidden_size", self.router_hidden_size, 1, MAX_ROUTER_WIDTH)
+        _check_int("graph_seed", self.graph_seed, 0, 2**62)
+        if self.top_k > self.num_experts:
+            raise GraphLoraError(
+                f"top_k={self.top_k} is larger than num_experts={self.num_experts}; "
+                f"choose top_k between 1 and {self.num_experts}."
+            )
+        _check_float("edge_density", self.edge_density, 0.0, 1.0)
+        _check_float("lora_dropout", self.lora_dropout, 0.0, 0.999)
+        _check_float("load_decay", self.load_decay, 0.0, 0.99999)
+        _check_float("router_self_term_weight", self.router_self_term_weight, 0.0, 1.0)
+        for name in ("lora_alpha", "router_input_gain", "router_init_spread"):
+            _check_float(name, getattr(self, name), 1e-9, 1e9)
+        for name in ("router_poisson_loss_coef", "router_normal_loss_coef", "edge_density_loss_coef"):
+            _check_float(name, getattr(self, name), 0.0, 1e9)
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise GraphLoraError(_not_a_choice(name, getattr(self, name), choices))
+        if self.edge_init not in _EDGE_INITS:
+            raise GraphLoraError(_not_a_choice("edge_init", self.edge_init, _EDGE_INITS))
+        if self.edges is not None:
+            from graphlora.graph import adjacency_from_edges
+
+            self.edges = [list(edge) for edge in self.edges]
+            adjacency_from_edges(
+                self.num_experts, [(e[0], e[1]) if len(e) == 2 else tuple(e) for e in self.edges]
+            )
+        if self.expert_granularity == "ffn" and not self.norm_topk_prob:
+            raise GraphLoraError(
+                "norm_topk_prob=False cannot be used with expert_granularity='ffn', whose expert weights must sum to 1; "
+                "use expert_granularity='linear' or norm_topk_prob=True."
+            )
+
+    def _check_patterns(self) -> None:
+        for name in ("target_modules", "attention_target_modules"):
+            if getattr(self, name) == "all-linear":
+                raise GraphLoraError(
+                    f"{name}='all-linear' does not name FFN blocks; leave it out to find them, "
+                    "or give names such as ['mlp']."
+                )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise GraphLoraError(
+                "layers_to_transform cannot be combined with target_modules as a regular expression; "
+                "put the layer numbers into the expression, or give target_modules as a list."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise GraphLoraError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, the indices of the layers to adapt."
+            )
+        for value in self.num_experts_pattern.values():
+            _check_int("num_experts_pattern", value, self.top_k, MAX_EXPERTS)
+        for value in self.rank_pattern.values():
+            _check_int("rank_pattern", value, 1, MAX_RANK)
+        for value in self.alpha_pattern.values():
+            _check_float("alpha_pattern", value, 1e-9, 1e9)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types (sets become sorted lists)."""
+        values = super().to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes adapter_config.json, and says in the model card beside it what the adapter is."""
+        super().save_pretrained(save_directory, **kwargs)
+        from graphlora.tuner.card import describe_in_model_card
+
+        describe_in_model_card(self, save_directory)
+
+
+def config_field_names() -> set[str]:
+    """Names of all fields, PEFT's included."""
+    return {f.name for f in fields(GraphLoraConfig)}
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise GraphLoraError(f"{name}={value!r} must be a whole number from {low} to {high}.")
+
+
+def _check_float(name: str, value: object, low: float, high: float) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= float(value) <= high:  # pyright: ignore[reportArgumentType]
+        raise GraphLoraError(f"{name}={value!r} must be a number from {low:g} to {high:g}.")
+
+
+def _not_a_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.{hint}"

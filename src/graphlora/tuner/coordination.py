@@ -1,0 +1,47 @@
+"""State of the two coordination losses in one FFN block: lambda, sigma, and the loads seen so far."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graphlora.router import Float32State
+
+
+class Coordination(Float32State):
+    """lambda (`poisson_rate`), sigma (`normal_scale`) and `cumulative_weights` of one FFN block; float32 always.
+
+    The trained offsets are called biases so that optimizers which exempt biases from weight decay exempt them.
+
+    Args:
+        num_experts: N.
+        poisson_rate_form: `"smooth"`: lambda = 1 + sigmoid(x); `"clamp"`: lambda = clamp(1.5 + x, 1, 2).
+        normal_scale_form: `"bounded"`: sigma = N/4 (1 + e^x), so at least N/4; `"free"`: N/2 + x; `"fixed"`: N/2.
+    """
+
+    float32_names = ("poisson_rate_bias", "normal_scale_bias", "cumulative_weights")
+
+    def __init__(self, num_experts: int, poisson_rate_form: str, normal_scale_form: str) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.poisson_rate_form, self.normal_scale_form = poisson_rate_form, normal_scale_form
+        self.poisson_rate_bias = nn.Parameter(torch.zeros(()))
+        if normal_scale_form == "fixed":
+            self.register_buffer("normal_scale_bias", torch.zeros(()))
+        else:
+            self.normal_scale_bias = nn.Parameter(torch.zeros(()))
+        self.register_buffer("cumulative_weights", torch.zeros(num_experts))
+
+    @property
+    def poisson_rate(self) -> Tensor:
+        """lambda, scalar, in [1, 2]; starts at 1.5."""
+        if self.poisson_rate_form == "smooth":
+            return 1 + torch.sigmoid(self.poisson_rate_bias)
+        return (1.5 + self.poisson_rate_bias).clamp(1.0, 2.0)
+
+    @property
+    def normal_scale(self) -> Tensor:
+        """sigma, scalar, in experts; starts at N/2."""
+        if self.normal_scale_form == "bounded":
+            return self.num_experts / 4 * (1 + self.normal_scale_bias.exp())
+        return self.num_experts / 2 + self.normal_scale_bias

@@ -1,0 +1,269 @@
+"""The adapted FFN block and the adapted attention projection, as PEFT tuner layers."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from graphlora.errors import GraphLoraError
+from graphlora.experts import LoraExperts
+from graphlora.graph import twin_experts
+from graphlora.moe import MoeSettings, moe_ffn
+from graphlora.ops.backend import resolve_backend
+from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn
+from graphlora.router import CenteredRouter, GraphRouter, LinearRouter, build_adjacency, select_experts
+from graphlora.tuner.config import GraphLoraConfig
+from graphlora.tuner.coordination import Coordination
+from graphlora.tuner.ffn import FfnParts, features
+from graphlora.tuner.record import Recorder
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class TunerLayer(nn.Module, BaseTunerLayer):
+    """What the two adapted layers share: one active adapter at a time, and a clear refusal to merge."""
+
+    def __init__(self, base_layer: nn.Module, block_name: str) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.block_name = block_name
+        self.configs: dict[str, GraphLoraConfig] = {}
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+
+    def active_name(self, adapters: nn.ModuleDict) -> str | None:
+        """Name of the active adapter that this layer holds, or None where the base layer runs alone."""
+        if self.disable_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in adapters]
+        if len(names) > 1:
+            raise GraphLoraError(
+                f"GraphLoRA runs one adapter at a time, but {names} are active; call set_adapter with one name."
+            )
+        return names[0] if names else None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: see `unmergeable`."""
+        raise unmergeable()
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+        warnings.warn("GraphLoRA adapters are never merged; there is nothing to unmerge.", stacklevel=2)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        device, dtype = None, None
+        for module in base_layer.modules():
+            for weight in module._parameters.values():
+                if weight is None:
+                    continue
+                device = device or weight.device
+                if weight.dtype.is_floating_point and weight.element_size() >= 2:
+                    return weight.device, getattr(module, "compute_dtype", None) or weight.dtype
+        return device, dtype
+
+    def _forget(self, adapter_name: str) -> None:
+        self.configs.pop(adapter_name, None)
+        self.scaling.pop(adapter_name, None)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT's `delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
+
+
+def unmergeable() -> GraphLoraError:
+    """Why a GraphLoRA adapter cannot be folded into the base weights."""
+    return GraphLoraError(
+        "A GraphLoRA adapter cannot be merged into the base weights: which experts apply depends on the token. "
+        "Keep the adapter loaded, or call unload() for the base model."
+    )
+
+
+class GraphLoraLayer(TunerLayer):
+    """An FFN block with a router and LoRA experts.
+
+    Per adapter it holds `graphlora_{gate,up,down}_proj` (`LoraExperts`), `graphlora_router` and
+    `graphlora_coordination`; each keeps its parameters flat, as PEFT's adapter files need.
+
+    Args:
+        parts: the frozen FFN block, taken apart.
+        block_name: its name in the model.
+        block_index: its position among the adapted blocks; seeds its random graph.
+        side: `"encoder"` or `"decoder"`: which attention mask belongs to its tokens.
+        recorder: where routing is recorded.
+    """
+
+    adapter_layer_names = (
+        *(f"graphlora_{name}" for name in _PROJECTIONS),
+        "graphlora_router",
+        "graphlora_coordination",
+    )
+    other_param_names = ()
+
+    def __init__(
+        self, parts: FfnParts, block_name: str, block_index: int, side: str, recorder: Recorder
+    ) -> None:
+        super().__init__(parts.block, block_name)
+        self.parts = parts
+        self.ffn = FrozenFfn(parts.project_in, parts.project_out, parts.act)
+        self.block_index, self.side, self.recorder = block_index, side, recorder
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+
+    def update_layer(self, adapter_name: str, config: GraphLoraConfig, inference_mode: bool = False) -> None:
+        """Adds an adapter to this block."""
+        num_experts = _from_pattern(config.num_experts_pattern, self.block_name, config.num_experts)
+        r = _from_pattern(config.rank_pattern, self.block_name, config.r)
+        alpha = _from_pattern(config.alpha_pattern, self.block_name, config.lora_alpha)
+        d, f = self.parts.hidden_size, self.parts.intermediate_size
+        sizes = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+        for name in _PROJECTIONS if self.parts.gated else _PROJECTIONS[1:]:
+            self._modules[f"graphlora_{name}"][adapter_name] = LoraExperts(num_experts, *sizes[name], r)
+        self.graphlora_router[adapter_name] = self._build_router(config, num_experts)
+        self.graphlora_coordination[adapter_name] = Coordination(
+            num_experts, config.poisson_rate_form or "smooth", config.normal_scale_form or "bounded"
+        )
+        self.configs[adapter_name] = config
+        self.scaling[adapter_name] = alpha / r
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _build_router(self, config: GraphLoraConfig, num_experts: int) -> CenteredRouter:
+        d = self.parts.hidden_size
+        seed = config.graph_seed if config.shared_graph else config.graph_seed * 100_003 + self.block_index
+        common: dict[str, Any] = {
+            "input_norm": config.router_input_norm,
+            "centering": config.router_logit_centering,
+            "seed": seed,
+            "spread": config.router_init_spread,
+        }
+        if config.router_type == "linear":
+            return LinearRouter(d, num_experts, **common)
+        edges = config.edges if config.edges is not None else config.edge_init
+        adjacency = build_adjacency(num_experts, edges, config.edge_density or 0.0, seed)
+        router = GraphRouter(
+            d,
+            num_experts,
+            width=config.router_hidden_size,
+            num_layers=config.router_num_layers,
+            act=self.parts.act,
+            adjacency=adjacency,
+            conv=config.router_conv,
+            expert_features=config.expert_features,
+            self_term=config.router_self_term,
+            self_term_weight=config.router_self_term_weight,
+            input_gain=config.router_input_gain,
+            edge_density=config.edge_density,
+            learned_edges=config.edge_init == "learned" and config.edges is None,
+            **common,
+        )
+        return router
+
+    def twins(self, adapter_name: str) -> list[tuple[int, int]]:
+        """Pairs of experts that the router can never tell apart (graph router without a self term)."""
+        router = self.graphlora_router[adapter_name]
+        separable = not isinstance(router, GraphRouter) or router.residual or router.has_self_weight
+        if separable or router.edge_logits is not None or router.adjacency.is_meta:
+            return []
+        return twin_experts(router.adjacency)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Adapted output of the block, same shape and dtype as the base block's.
+
+        Args:
+            hidden_states: `[..., d]`.
+            args, kwargs: passed to the base block where no adapter is active.
+        """
+        name = self.active_name(self.graphlora_up_proj)
+        if name is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        config = self.configs[name]
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        backend = resolve_backend(config.backend)
+        logits = self.graphlora_router[name](x, backend)
+        routing = select_experts(logits, config.top_k, config.norm_topk_prob)
+        self.recorder.add(self, routing)
+        settings = MoeSettings(
+            granularity=config.expert_granularity,
+            scaling=self.scaling[name],
+            lora_dropout=config.lora_dropout if self.training else 0.0,
+            hidden_dropout=self.parts.hidden_dropout() if self.training else 0.0,
+            backend=backend,
+        )
+        out = moe_ffn(x, self.ffn, self._expert_weights(name), routing, settings)
+        out = nn.functional.dropout(out, self.parts.output_dropout(), self.training)
+        return out.view(hidden_states.shape)
+
+    def _expert_weights(self, name: str) -> ExpertWeights:
+        up, down = self.graphlora_up_proj[name], self.graphlora_down_proj[name]
+        gate = self.graphlora_gate_proj[name] if self.parts.gated else None
+        return ExpertWeights(
+            None if gate is None else gate.lora_A,
+            None if gate is None else gate.lora_B,
+            up.lora_A, up.lora_B, down.lora_A, down.lora_B,
+        )  # fmt: skip
+
+
+class LoraPair(nn.Module):
+    """Low-rank pair of one attention projection: `lora_A` `[r, in]` Kaiming uniform, `lora_B` `[out, r]` zero."""
+
+    def __init__(self, in_features: int, out_features: int, r: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(r, in_features))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+
+class GraphLoraLinear(TunerLayer):
+    """An attention projection with plain LoRA; float32 weights, computed in the dtype of the input.
+
+    Args:
+        base_layer: the frozen linear layer, quantized or not.
+        block_name: its name in the model.
+    """
+
+    adapter_layer_names = ("graphlora_attention",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, block_name: str) -> None:
+        super().__init__(base_layer, block_name)
+        self.in_features, self.out_features = features(base_layer)
+        self.graphlora_attention = nn.ModuleDict()
+
+    def update_layer(self, adapter_name: str, config: GraphLoraConfig, inference_mode: bool = False) -> None:
+        """Adds an adapter to this projection."""
+        r = _from_pattern(config.rank_pattern, self.block_name, config.r)
+        alpha = _from_pattern(config.alpha_pattern, self.block_name, config.lora_alpha)
+        self.graphlora_attention[adapter_name] = LoraPair(self.in_features, self.out_features, r)
+        self.configs[adapter_name] = config
+        self.scaling[adapter_name] = alpha / r
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`W x + s B A dropout(x)`."""
+        result = self.base_layer(x, *args, **kwargs)
+        name = self.active_name(self.graphlora_attention)
+        if name is None:
+            return result
+        pair = self.graphlora_attention[name]
+        config = self.configs[name]
+        dropped = nn.functional.dropout(x, config.lora_dropout, self.training).to(result.dtype)
+        low = dropped @ pair.lora_A.to(result.dtype).T
+        return result + (self.scaling[name] * low) @ pair.lora_B.to(result.dtype).T
+
+
+def _from_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """Value of the first key that is a suffix of `name` or a regular expression for it."""
+    for key, value in pattern.items():
+        if name == key or name.endswith("." + key) or re.fullmatch(rf"(.*\.)?({key})", name):
+            return value
+    return default
