@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphlora.training.run import TrainResult, train
-
     from graphlora.training.recipe import Recipe
+    from graphlora.training.run import TrainResult, train
 
 __all__ = ["Recipe", "TrainResult", "train"]
 

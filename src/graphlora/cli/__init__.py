@@ -1,0 +1,1 @@
+"""The command line `graphlora`: train, evaluate, generate, info, import."""

@@ -1,0 +1,82 @@
+"""`graphlora train`: fine-tune a model from a recipe."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, fields
+from typing import Any
+
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace
+
+from graphlora.cli.parsing import make_parser
+from graphlora.training.recipe import GROUPS, Recipe, option_types, read_yaml
+
+DESCRIPTION = """\
+Fine-tune a model with GraphLoRA (or plain LoRA, to compare). A run is a recipe: options given here, on
+top of those in a YAML file with the same names (--config). The output directory gets the adapter, the
+recipe in full (config.yaml), the record (record.json) and the checkpoints. Ctrl-C saves a checkpoint."""
+EXAMPLE = """
+graphlora train --model HuggingFaceTB/SmolLM2-135M-Instruct --task arc_easy --output_dir runs/arc
+graphlora train --config runs/arc/config.yaml --learning_rate 1e-4 --output_dir runs/arc-slower
+graphlora train --config runs/arc/config.yaml --resume
+graphlora train --model MODEL --task my_rows.jsonl --output_dir runs/mine --method lora --r 16
+"""
+
+
+def build_parser() -> ArgumentParser:
+    """Parser of the command; options that are left out are absent from its result."""
+    parser = make_parser("graphlora train [--config RECIPE.yaml] [options]", DESCRIPTION, EXAMPLE)
+    run = parser.add_argument_group("Run")
+    run.add_argument("--config", type=str | None, default=None, help="YAML file with recipe options")
+    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    run.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
+    types = option_types()
+    for group, title in GROUPS.items():
+        part = parser.add_argument_group(title)
+        for item in fields(Recipe):
+            if item.metadata["group"] == group:
+                text = f"{item.metadata['help']}{_default_text(item)}"
+                part.add_argument(f"--{item.name}", type=types[item.name], default=SUPPRESS, help=text)
+    return parser
+
+
+def run(arguments: Namespace) -> None:
+    """Train and say where the result is."""
+    recipe = make_recipe(arguments)
+    from graphlora.training.run import train
+
+    result = train(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
+    if not sys.stdout:
+        return
+    shown = {key: value for key, value in result.metrics.items() if key.startswith("eval_")}
+    values = ", ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in shown.items())
+    print(f"trained {result.metrics['steps']} steps; kept step {result.metrics['kept_step']}")
+    if values:
+        print(f"validation: {values}")
+    print(f"adapter: {result.output_dir}")
+    print(f"next: graphlora evaluate {result.output_dir} --task {_task_words(recipe)}")
+    print(f"      graphlora generate {result.output_dir}")
+    print(f"      graphlora info {result.output_dir}")
+
+
+def make_recipe(arguments: Namespace) -> Recipe:
+    """Recipe of the file, if any, with the options of the command line on top."""
+    values: dict[str, Any] = read_yaml(arguments.config) if arguments.config is not None else {}
+    names = {item.name for item in fields(Recipe)}
+    given = {name: value for name, value in arguments.as_dict().items() if name in names}
+    for name in ("adapter_args", "training_args"):
+        if isinstance(values.get(name), dict) and name in given:
+            given[name] = values[name] | given[name]
+    return Recipe.from_dict(values | given)
+
+
+def _default_text(item: Any) -> str:
+    if item.default is MISSING and item.default_factory is MISSING:
+        return " (needed)"
+    return "" if item.default is None or item.default is MISSING else f" (default: {item.default})"
+
+
+def _task_words(recipe: Recipe) -> str:
+    tasks = [recipe.task] if isinstance(recipe.task, str) else list(recipe.task)
+    data_dir = f" --data_dir {recipe.data_dir}" if recipe.data_dir else ""
+    return " ".join(tasks) + data_dir
