@@ -10,6 +10,8 @@ from torch import Tensor
 
 _LOG_EPS = 1e-16
 _LOAD_EPS = 1e-8
+# Targets of 38 experts and more underflow to zero, whose logarithm would make the gradient NaN.
+_SMALLEST_TARGET = torch.finfo(torch.float32).tiny
 
 
 def poisson_target(poisson_rate: Tensor, num_experts: int) -> Tensor:
@@ -42,10 +44,8 @@ def normal_target(normal_scale: Tensor, num_experts: int, across_layers: bool = 
     sigma = normal_scale.float()[:, None]
     i = torch.arange(1, num_experts + 1, device=normal_scale.device, dtype=torch.float32)
     log_density = -((i - num_experts / 2) ** 2) / (2 * sigma**2) - sigma.log()
-    if across_layers:
-        target = log_density.flatten().softmax(dim=0).view_as(log_density)
-    else:
-        target = log_density.softmax(dim=-1)
+    logits = log_density.flatten() if across_layers else log_density
+    target = logits.softmax(dim=-1).view_as(log_density)
     return target.sort(dim=-1, descending=True).values
 
 
@@ -59,10 +59,10 @@ def divergence(target: Tensor, observed: Tensor, form: str, eps: float) -> Tenso
             code).
         eps: floor of `observed` for `"kl"`, added to it for `"abs_log_ratio"`.
     """
+    floored = target.clamp_min(_SMALLEST_TARGET)
     if form == "kl":
-        # xlogy keeps a target entry that underflowed to zero from giving 0 * -inf.
-        return (torch.xlogy(target, target) - target * observed.clamp_min(eps).log()).sum(dim=-1)
-    return (target * (target / (observed + eps)).log().abs()).sum(dim=-1)
+        return (target * (floored.log() - observed.clamp_min(eps).log())).sum(dim=-1)
+    return (target * (floored / (observed + eps)).log().abs()).sum(dim=-1)
 
 
 def poisson_distinction(router_probs: Tensor, poisson_rate: Tensor, form: str = "kl") -> Tensor:
@@ -102,7 +102,9 @@ def normal_balance(
 
 
 def edge_density_penalty(gates: Tensor, edge_density: float) -> Tensor:
-    """Squared distance of the mean learned edge gate from `edge_density`; scalar. (Ours: the paper's graph is static.)
+    """Squared distance of the mean learned edge gate from `edge_density`; scalar.
+
+    Ours: the paper's graph is static.
 
     Args:
         gates: `[N (N - 1) / 2]`, values in (0, 1).
