@@ -45,7 +45,7 @@ def build_parser() -> ArgumentParser:
     output = parser.add_argument_group("Output")
     output.add_argument("--output", type=str | None, default=None, help="JSON file for the record of the run")
     output.add_argument(
-        "--items", type=str | None, default=None, help="JSONL file for the scores of each item"
+        "--item_scores", type=str | None, default=None, help="JSONL file for the scores of each item"
     )
     return parser
 
@@ -57,8 +57,8 @@ def run(arguments: Namespace) -> None:
     from graphlora.training.loading import load_for_use
     from graphlora.training.measuring import peak_memory
 
-    if arguments.items and len(arguments.task) > 1:
-        raise GraphLoraError(f"--items takes one task at a time; {len(arguments.task)} were given")
+    if arguments.item_scores and len(arguments.task) > 1:
+        raise GraphLoraError(f"--item_scores takes one task at a time; {len(arguments.task)} were given")
     started = time.perf_counter()
     options = {"data_dir": arguments.data_dir, "limit": arguments.limit, "seed": arguments.seed}
     examples = {task: load_examples(task, arguments.split, **options) for task in arguments.task}
@@ -72,13 +72,13 @@ def run(arguments: Namespace) -> None:
         if arguments.with_base:
             with model.disable_adapter():
                 metrics[f"{task} (base)"] = _score(model, tokenizer, items, arguments, None)
-        metrics[task] = _score(model, tokenizer, items, arguments, arguments.items)
+        metrics[task] = _score(model, tokenizer, items, arguments, arguments.item_scores)
     _print_table(metrics)
     if arguments.output is not None:
         config = {
             key: value
             for key, value in arguments.as_dict().items()
-            if key not in ("output", "items", "debug")
+            if key not in ("output", "item_scores", "debug")
         }
         record = RunRecord.create(
             "evaluation",

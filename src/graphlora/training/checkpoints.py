@@ -32,12 +32,12 @@ FULL_MESSAGES = (
 
 
 def prepare_output(output_dir: str | Path, *, resume: bool, overwrite: bool) -> Path | None:
-    """Make the output directory ready.
+    """Make the output directory, and find out before any work whether the run can go there.
 
     Args:
         output_dir: The directory.
         resume: Go on from the newest whole checkpoint.
-        overwrite: Delete the run that is there.
+        overwrite: A run that is there may be replaced; `remove_run` does it once everything else is in order.
 
     Returns:
         The checkpoint to go on from; `None` to start at the beginning.
@@ -57,13 +57,11 @@ def prepare_output(output_dir: str | Path, *, resume: bool, overwrite: bool) -> 
     shutil.rmtree(output / CHECKPOINTS / STAGING, ignore_errors=True)
     if resume:
         return last_checkpoint(output)
-    if holds_run(output):
-        if not overwrite:
-            raise GraphLoraError(
-                f"output_dir {output} holds a run already; add --resume to go on with it, --overwrite to "
-                "replace it, or choose another output_dir"
-            )
-        _remove_run(output)
+    if holds_run(output) and not overwrite:
+        raise GraphLoraError(
+            f"output_dir {output} holds a run already; add --resume to go on with it, --overwrite to "
+            "replace it, or choose another output_dir"
+        )
     return None
 
 
@@ -147,7 +145,8 @@ def _checkpoints(output: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _remove_run(output: Path) -> None:
+def remove_run(output: Path) -> None:
+    """Delete what a run wrote; other files stay."""
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     for name in (RECIPE_FILE, CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"):
         (output / name).unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from graphlora.training.checkpoints import (
     check_space,
     last_checkpoint,
     prepare_output,
+    remove_run,
     writing,
 )
 from graphlora.training.data import Encoded, Encoding, encode_all, packing_collator, padding_collator
@@ -115,6 +116,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
     check_space(output, needed_bytes(recipe, num_trained))
     trainer = make_trainer(recipe, model, tokenizer, data, dtype)
     if trainer.is_world_process_zero():
+        if overwrite and not resume:
+            remove_run(output)
         write_text(output / RECIPE_FILE, recipe.to_yaml())
         _tell(recipe, data, num_trained, checkpoint, resume)
     metrics = _run(trainer, recipe, checkpoint)
