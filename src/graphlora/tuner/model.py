@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from graphlora.errors import GraphLoraError
 from graphlora.load import expert_load, normalized_entropy
@@ -107,7 +107,7 @@ class GraphLoraModel(BaseTuner):
         del parameter_name
         inference = peft_config.inference_mode
         if isinstance(target, TunerLayer):
-            target.update_layer(adapter_name, peft_config, inference)  # pyright: ignore[reportAttributeAccessIssue]
+            target.update_layer(adapter_name, peft_config, inference)
             return
         if ffn.is_linear(target):
             new: TunerLayer = GraphLoraLinear(target, current_key)
@@ -116,7 +116,7 @@ class GraphLoraModel(BaseTuner):
             ffn.check_parts(parts, current_key)
             block_index = sum(isinstance(m, GraphLoraLayer) for m in self.model.modules())
             new = GraphLoraLayer(parts, current_key, block_index, self._side(current_key), self.recorder)
-        new.update_layer(adapter_name, peft_config, inference)  # pyright: ignore[reportAttributeAccessIssue]
+        new.update_layer(adapter_name, peft_config, inference)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
         new.train(target.training)
@@ -200,7 +200,7 @@ class GraphLoraModel(BaseTuner):
             for layer in layers:
                 name = layer.active_name(layer.graphlora_up_proj)
                 if name is not None:
-                    layer.graphlora_router[name].begin_update()
+                    layer.router(name).begin_update()
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -214,7 +214,7 @@ class GraphLoraModel(BaseTuner):
         name = self.active_adapters[0]
         is_encoder_decoder = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
         masks = token_masks(args, kwargs, is_encoder_decoder)
-        aux_loss = auxiliary_loss(record, masks, name, self.peft_config[name])
+        aux_loss = auxiliary_loss(record, masks, name, cast(GraphLoraConfig, self.peft_config[name]))
         return self._join(outputs, aux_loss, record, kwargs, is_encoder_decoder)
 
     def _join(
@@ -288,6 +288,13 @@ class GraphLoraModel(BaseTuner):
             "Train one adapter on a mixture of the tasks instead."
         )
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Puts a base module back in unloading. PEFT's own also copies `weight`, which an FFN block does not have."""
+        del child
+        setattr(parent, child_name, new_module)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             raise unmergeable()
@@ -300,8 +307,7 @@ class GraphLoraModel(BaseTuner):
 
 
 def _block_stats(layer: GraphLoraLayer, name: str) -> dict[str, Any]:
-    coordination = layer.graphlora_coordination[name]
-    router = layer.graphlora_router[name]
+    coordination, router = layer.coordination(name), layer.router(name)
     shares = expert_load(coordination.cumulative_weights.detach().cpu())
     adjacency = router.expert_adjacency().detach().cpu().tolist() if isinstance(router, GraphRouter) else None
     return {
@@ -328,7 +334,7 @@ def _share_of_batch(kwargs: dict[str, Any], is_encoder_decoder: bool) -> Tensor 
 
 def _text_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else None
+    return None if config is None or not hasattr(config, "get_text_config") else config.get_text_config()
 
 
 def _refuse_moe(model: nn.Module) -> None:

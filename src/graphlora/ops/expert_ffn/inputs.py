@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class ExpertWeights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """All tensors in `dtype`; gradients return to the originals."""
-        return ExpertWeights(*(None if t is None else t.to(dtype) for t in self))
+        cast: list[Any] = [None if t is None else t.to(dtype) for t in self]
+        return ExpertWeights(*cast)
 
 
 class LoraMasks(NamedTuple):
@@ -75,7 +76,7 @@ def draw_masks(
     def mask(width: int, p: float) -> Tensor | None:
         if p == 0.0:
             return None
-        return torch.empty(tokens, width, device=x.device, dtype=x.dtype).bernoulli_(1 - p).div_(1 - p)
+        return torch.nn.functional.dropout(x.new_ones(tokens, width), p)
 
     return LoraMasks(
         gate=mask(d, lora_dropout) if gated else None,
