@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,7 +138,7 @@ def _row(record: Any, where: str) -> Row:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for record in reader:
             where = f"{path}:{reader.line_num}"
@@ -147,7 +148,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
                 )
             yield Row(dict(record), where)
     except csv.Error as error:
-        raise GraphLoraError(f"{path}:{reader.line_num}: broken CSV ({error})") from error
+        raise GraphLoraError(f"{path}:{reader.reader.line_num}: broken CSV ({error})") from error
 
 
 def _parquet(path: Path) -> list[Row]:
