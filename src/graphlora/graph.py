@@ -8,7 +8,7 @@ token, so one small dense matrix stands for it. An adjacency here is the expert-
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def similarity_edges(features: Tensor, edge_density: float) -> list[Edge]:
     return [(i, j) for i, j in all_pairs(len(features)) if joined[i, j]]
 
 
-def adjacency_from_edges(num_experts: int, edges: Iterable[Edge]) -> Tensor:
+def adjacency_from_edges(num_experts: int, edges: Iterable[Sequence[int]]) -> Tensor:
     """Expert-expert adjacency `[num_experts, num_experts]` (0 or 1, zero diagonal) of an edge list.
 
     Raises:
@@ -85,7 +85,7 @@ def adjacency_from_edges(num_experts: int, edges: Iterable[Edge]) -> Tensor:
     return adjacency
 
 
-def _checked_edge(num_experts: int, edge: Iterable[int]) -> Edge:
+def _checked_edge(num_experts: int, edge: Sequence[int]) -> Edge:
     pair = tuple(edge)
     if len(pair) != 2 or not all(isinstance(i, int) and 0 <= i < num_experts for i in pair):
         raise GraphLoraError(

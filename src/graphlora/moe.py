@@ -80,7 +80,8 @@ def _linear_granularity(
     if gate is None:
         hidden = ffn.act(up)
     else:
-        assert experts.gate_A is not None and experts.gate_B is not None
+        assert experts.gate_A is not None
+        assert experts.gate_B is not None
         gate = gate + delta(masked(x, masks.gate), experts.gate_A, experts.gate_B, mixing, settings.scaling)
         hidden = ffn.act(gate) * up
     hidden = masked(hidden, masks.hidden)

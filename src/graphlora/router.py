@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graphlora import graph
 from graphlora.ops.graph_route import GraphWeights, graph_logits_eager, graph_logits_torch
@@ -17,6 +18,20 @@ Activation = Callable[[Tensor], Tensor]
 # Tokens of unit RMS that stand for the model's hidden states when a router is first scaled and centered.
 _CALIBRATION_TOKENS = 512
 _MEAN_HORIZON = 100
+
+
+class _OptimizerSteps:
+    """Counts the optimizer steps of this process; versions of tensors would not do, fused optimizers skip them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
+        self.count += 1
+
+
+_steps = _OptimizerSteps()
 
 
 @dataclass(frozen=True)
@@ -85,11 +100,15 @@ class CenteredRouter(Float32State):
     """Shared end of every router: logits centered by a running mean per expert.
 
     Without centering one expert's larger bias decides most tokens, whatever they are. The mean that is subtracted
-    (`logit_offset`) is the one known when the forward began, so recomputing a block in backward gives the same routing;
-    `update_mean` collects the next one.
+    (`logit_offset`) moves once per optimizer step, between forwards, by what all forwards of that step have seen. So
+    recomputing a block in backward gives the same routing, and so does cutting a batch into accumulated micro-batches.
     """
 
-    float32_names: tuple[str, ...] = ("logit_offset", "logit_mean", "num_updates")
+    float32_names: tuple[str, ...] = ("logit_offset", "logit_sum", "logit_count", "num_updates")
+    logit_offset: Tensor
+    logit_sum: Tensor
+    logit_count: Tensor
+    num_updates: Tensor
 
     def __init__(self, num_experts: int, centering: bool) -> None:
         super().__init__()
@@ -97,8 +116,10 @@ class CenteredRouter(Float32State):
         self.centering = centering
         if centering:
             self.register_buffer("logit_offset", torch.zeros(num_experts))
-            self.register_buffer("logit_mean", torch.zeros(num_experts))
+            self.register_buffer("logit_sum", torch.zeros(num_experts))
+            self.register_buffer("logit_count", torch.zeros(()))
             self.register_buffer("num_updates", torch.zeros(()))
+        self._seen_step: int | None = None
 
     def raw_logits(self, x: Tensor, backend: str) -> Tensor:
         """Logits before centering, `[tokens, num_experts]`, float32; `x` is `[tokens, d]`."""
@@ -112,18 +133,28 @@ class CenteredRouter(Float32State):
 
     @torch.no_grad()
     def begin_update(self) -> None:
-        """Puts the mean collected so far to use; called once before a training forward."""
-        if self.centering:
-            self.logit_offset.copy_(self.logit_mean)
+        """Takes the tokens of the last optimizer step into `logit_offset`; called before every training forward."""
+        if not self.centering or self._seen_step == _steps.count:
+            return
+        self._seen_step = _steps.count
+        some = (self.logit_count > 0).float()
+        weight = some * torch.clamp(1 / (self.num_updates + 1), min=1 / _MEAN_HORIZON)
+        self.logit_offset.lerp_(self.logit_sum / self.logit_count.clamp_min(1), weight)
+        self.num_updates += some
+        self.logit_sum.zero_()
+        self.logit_count.zero_()
 
     @torch.no_grad()
-    def update_mean(self, mean_logits: Tensor) -> None:
-        """Takes in the mean centered logits `[num_experts]` of one training forward, over all ranks' real tokens."""
+    def collect(self, centered_sum: Tensor, count: Tensor) -> None:
+        """Remembers the logits of one training forward.
+
+        Args:
+            centered_sum: sum of the centered logits over all ranks' real tokens, `[num_experts]`.
+            count: number of those tokens, scalar.
+        """
         if self.centering:
-            seen = mean_logits + self.logit_offset
-            weight = torch.clamp(1 / (self.num_updates + 1), min=1 / _MEAN_HORIZON)
-            self.logit_mean.lerp_(seen, weight)
-            self.num_updates += 1
+            self.logit_sum += centered_sum + count * self.logit_offset
+            self.logit_count += count
 
     @torch.no_grad()
     def calibrate(self, hidden_size: int, seed: int, spread: float) -> Tensor | None:
@@ -142,8 +173,7 @@ class CenteredRouter(Float32State):
         if not math.isfinite(float(scale)) or float(centered.std()) < 1e-6:
             scale = torch.ones(())
         self._scale_output(scale)
-        self.logit_mean.copy_(logits.mean(dim=0) * scale)
-        self.logit_offset.copy_(self.logit_mean)
+        self.logit_offset.copy_(logits.mean(dim=0) * scale)
         return scale
 
     def _scale_output(self, scale: Tensor) -> None:
@@ -216,6 +246,8 @@ class GraphRouter(CenteredRouter):
     """
 
     float32_names = (*CenteredRouter.float32_names, "adjacency", "edge_logits")
+    adjacency: Tensor
+    expert_features: Tensor
 
     def __init__(
         self,
@@ -292,26 +324,20 @@ class GraphRouter(CenteredRouter):
         """See `CenteredRouter.raw_logits`."""
         x = rms_normalize(x) if self.input_norm else x.float()
         token = self.act(x @ self.token_proj.float().T)
+        adjacency = self.expert_adjacency()
         weights = GraphWeights(
             experts=self.expert_nodes(),
             conv=self.conv_weight.float(),
             self_weight=None if self.self_weight is None else self.self_weight.float(),
             attention=None if self.attention is None else self.attention.float(),
             out=self.out_proj.float(),
-            adjacency=self.expert_adjacency(),
+            adjacency=adjacency,
+            normalized=graph.normalized_adjacency(adjacency),
             residual=self.residual,
         )
         if backend == "eager" or self.conv != "gcn":
             return graph_logits_eager(token, weights, self.act, self.conv)
         return graph_logits_torch(token, weights, self.act)
-
-    def edge_penalty(self) -> Tensor | None:
-        """Penalty that holds the mean learned gate near the density; None where the graph is fixed."""
-        if self.edge_logits is None:
-            return None
-        from graphlora.losses import edge_density_penalty
-
-        return edge_density_penalty(torch.sigmoid(self.edge_logits.float()), self.edge_density)
 
     def _scale_output(self, scale: Tensor) -> None:
         self.out_proj.mul_(scale)

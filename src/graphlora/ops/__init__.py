@@ -1,1 +1,1 @@
-"""Functions on tensors behind the method: no `nn.Module`, no PEFT. Each op has a reference that reads like the paper."""
+"""Functions on tensors: no `nn.Module`, no PEFT. Each op has a reference that reads like the paper."""

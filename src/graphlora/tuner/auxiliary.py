@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graphlora.load import all_ranks_load, batch_load, windowed_load
-from graphlora.losses import normal_balance, poisson_distinction
+from graphlora.losses import edge_density_penalty, normal_balance, poisson_distinction
 from graphlora.router import GraphRouter, Routing
 from graphlora.tuner.record import RoutingRecord
 
 if TYPE_CHECKING:
     from graphlora.tuner.config import GraphLoraConfig
-    from graphlora.tuner.coordination import Coordination
     from graphlora.tuner.layer import GraphLoraLayer
 
 Entry = tuple["GraphLoraLayer", Routing, "Tensor | None"]
@@ -50,10 +49,8 @@ def auxiliary_loss(
         loads = _sum_over_ranks(entries, loads, adapter_name, device)
     windowed = []
     for (layer, _, _), load in zip(entries, loads, strict=True):
-        history = layer.graphlora_coordination[adapter_name].cumulative_weights
-        windowed.append(
-            windowed_load(history.to(device), load, config.load_window or "ema", config.load_decay)
-        )
+        history = layer.coordination(adapter_name).cumulative_weights
+        windowed.append(windowed_load(history.to(device), load, config.load_window, config.load_decay))
         if record.training:
             history.copy_(windowed[-1].detach())
     if config.router_normal_loss_coef:
@@ -90,9 +87,9 @@ def _poisson(
     for group in _groups(entries).values():
         probs = torch.stack([routing.router_probs.to(device) for _, routing, _ in group])
         rates = torch.stack(
-            [_coordination(layer, adapter_name).poisson_rate.to(device) for layer, _, _ in group]
+            [layer.coordination(adapter_name).poisson_rate.to(device) for layer, _, _ in group]
         )
-        per_token = poisson_distinction(probs, rates, config.divergence or "kl")
+        per_token = poisson_distinction(probs, rates, config.divergence)
         mask = group[0][2]
         if mask is None:
             per_block.append(per_token.mean(dim=-1) if per_token.shape[-1] else per_token.sum(dim=-1))
@@ -112,12 +109,12 @@ def _normal(
     """Mean over blocks of the normal balance loss; with `"all_layers"` blocks of equal N share one target."""
     by_size: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for (layer, _, _), load in zip(entries, loads, strict=True):
-        by_size[len(load)].append((load, _coordination(layer, adapter_name).normal_scale.to(device)))
+        by_size[len(load)].append((load, layer.coordination(adapter_name).normal_scale.to(device)))
     per_block = []
     for pairs in by_size.values():
         stacked, scales = (torch.stack(column) for column in zip(*pairs, strict=True))
         across = config.normal_target == "all_layers"
-        per_block.append(normal_balance(stacked, scales, config.divergence or "kl", across))
+        per_block.append(normal_balance(stacked, scales, config.divergence, across))
     return torch.cat(per_block).mean()
 
 
@@ -130,7 +127,7 @@ def _batch_load(routing: Routing, mask: Tensor | None, config: GraphLoraConfig) 
 
 
 @torch.no_grad()
-def _mean_logits(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _summed_logits(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum over the tokens that count of the centered logits, `[num_experts]`, and their number, `[1]`."""
     logits = routing.router_logits
     if mask is None:
@@ -145,7 +142,7 @@ def _sum_over_ranks(
     """Loads summed over all processes, by the one reduction of a training forward; also centers the routers."""
     parts: list[Tensor] = []
     for (_, routing, mask), load in zip(entries, loads, strict=True):
-        parts += [load.detach(), *(t.to(device) for t in _mean_logits(routing, mask))]
+        parts += [load.detach(), *(t.to(device) for t in _summed_logits(routing, mask))]
     summed = torch.cat(parts)
     world_size = 1
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -157,21 +154,16 @@ def _sum_over_ranks(
     for i, ((layer, _, _), load) in enumerate(zip(entries, loads, strict=True)):
         total_load, total_logits, count = pieces[3 * i : 3 * i + 3]
         result.append(load if world_size == 1 else all_ranks_load(load, total_load, world_size))
-        layer.graphlora_router[adapter_name].update_mean((total_logits / count.clamp_min(1)).to(_home(layer)))
+        home = layer.coordination(adapter_name).cumulative_weights.device
+        layer.router(adapter_name).collect(total_logits.to(home), count[0].to(home))
     return result
 
 
-def _home(layer: GraphLoraLayer) -> torch.device:
-    return next(layer.graphlora_up_proj.parameters()).device
-
-
-def _coordination(layer: GraphLoraLayer, adapter_name: str) -> Coordination:
-    return layer.graphlora_coordination[adapter_name]  # pyright: ignore[reportReturnType]
-
-
 def _edge_penalty(layer: GraphLoraLayer, adapter_name: str) -> Tensor | None:
-    router = layer.graphlora_router[adapter_name]
-    return router.edge_penalty() if isinstance(router, GraphRouter) else None
+    router = layer.router(adapter_name)
+    if not isinstance(router, GraphRouter) or router.edge_logits is None:
+        return None
+    return edge_density_penalty(torch.sigmoid(router.edge_logits.float()), router.edge_density)
 
 
 def _groups(entries: list[Entry]) -> dict[tuple[object, ...], list[Entry]]:
@@ -179,5 +171,5 @@ def _groups(entries: list[Entry]) -> dict[tuple[object, ...], list[Entry]]:
     groups: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
         layer, routing, mask = entry
-        groups[layer.side, mask is None, *routing.router_probs.shape].append(entry)
+        groups[(layer.side, mask is None, *routing.router_probs.shape)].append(entry)
     return groups

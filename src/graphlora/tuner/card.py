@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
@@ -23,7 +23,8 @@ def describe_in_model_card(config: GraphLoraConfig, directory: str) -> None:
     if not path.is_file():
         return
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    card.data.tags = sorted({*(card.data.tags or []), "graphlora", "lora", "mixture-of-experts"})
+    data: Any = card.data
+    data.tags = sorted({*(data.tags or []), "graphlora", "lora", "mixture-of-experts"})
     text = card.text
     if _BEGIN in text:
         text = text[: text.index(_BEGIN)].rstrip() + "\n" + text[text.index(_END) + len(_END) :].lstrip("\n")

@@ -17,6 +17,9 @@ from graphlora.tuner.register import graphlora_peft_type
 # An untrusted adapter_config.json must not be able to ask for terabytes.
 MAX_EXPERTS, MAX_RANK, MAX_ROUTER_WIDTH, MAX_ROUTER_LAYERS = 1024, 4096, 16384, 16
 
+# Default of the fields that take their value from the preset.
+FROM_PRESET: Any = None
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "expert_granularity": ("ffn", "linear"),
     "router_type": ("graph", "linear"),
@@ -49,8 +52,8 @@ class GraphLoraConfig(PeftConfig):
         lora_alpha: the low-rank branch is scaled by `lora_alpha / r`.
         lora_dropout: dropout on the low-rank branches' inputs, one mask per projection, shared by the experts.
         target_modules: names (suffixes) or one regular expression of the FFN blocks; None finds them.
-        attention_target_modules: names or one regular expression of linear layers that get plain LoRA of the same rank;
-            None finds the attention projections, `[]` adapts the FFN blocks alone.
+        attention_target_modules: names or one regular expression of linear layers with plain LoRA of the same rank;
+            None finds the attention projections (FFN blocks alone in the preset `"paper"`), `[]` adapts none.
         ffn_modules: names inside the FFN block where its layout is not known, e.g.
             `{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "act_fn": "act"}`.
         exclude_modules: names or one regular expression of modules to leave alone.
@@ -60,16 +63,16 @@ class GraphLoraConfig(PeftConfig):
         num_experts_pattern: other N for blocks whose name matches a key (a suffix or a regular expression).
         rank_pattern: other r, likewise.
         alpha_pattern: other lora_alpha, likewise.
-        expert_granularity: `"ffn"`: an expert is the whole block with its own deltas (eqs. 1, 2, 5); `"linear"`: experts
-            are mixed at each projection (eq. 3 as printed).
+        expert_granularity: `"ffn"`: an expert is the whole block with its own deltas (eqs. 1, 2, 5); `"linear"`:
+            experts are mixed at each projection (eq. 3 as printed).
         norm_topk_prob: renormalize the selected probabilities to sum to 1; `"ffn"` granularity requires it.
         router_type: `"graph"` (section 4.1) or `"linear"` (the ablation without a graph).
         router_num_layers: L, graph convolution layers.
         router_hidden_size: g, width of the graph router.
         router_conv: `"gcn"`, `"sage"` or `"gat"`.
         router_input_gain: Glorot gain of the token projection P_x.
-        router_self_term: a node's own features beside the aggregate: `"none"`, `"residual"` (to the initial features) or
-            `"weight"` (a weight matrix of its own).
+        router_self_term: a node's own features beside the aggregate: `"none"`, `"residual"` (to the initial features)
+            or `"weight"` (a weight matrix of its own).
         router_self_term_weight: a, share of the initial features in the residual form.
         router_input_norm: RMS-normalize the token before P_x.
         router_logit_centering: subtract a running mean per expert from the logits.
@@ -112,33 +115,33 @@ class GraphLoraConfig(PeftConfig):
     num_experts_pattern: dict[str, int] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    expert_granularity: Literal["ffn", "linear"] = "ffn"
+    expert_granularity: Literal["ffn", "linear"] = FROM_PRESET
     norm_topk_prob: bool = True
     router_type: Literal["graph", "linear"] = "graph"
     router_num_layers: int = 2
-    router_hidden_size: int | None = None
+    router_hidden_size: int = FROM_PRESET
     router_conv: Literal["gcn", "sage", "gat"] = "gcn"
-    router_input_gain: float | None = None
-    router_self_term: Literal["none", "residual", "weight"] | None = None
+    router_input_gain: float = FROM_PRESET
+    router_self_term: Literal["none", "residual", "weight"] = FROM_PRESET
     router_self_term_weight: float = 0.5
-    router_input_norm: bool | None = None
-    router_logit_centering: bool | None = None
+    router_input_norm: bool = FROM_PRESET
+    router_logit_centering: bool = FROM_PRESET
     router_init_spread: float = 1.5
-    expert_features: Literal["embedding", "projected"] | None = None
-    edge_density: float | None = None
-    edge_init: Literal["random", "similarity", "ring", "complete", "none", "learned"] | None = None
+    expert_features: Literal["embedding", "projected"] = FROM_PRESET
+    edge_density: float = FROM_PRESET
+    edge_init: Literal["random", "similarity", "ring", "complete", "none", "learned"] = FROM_PRESET
     edges: list[list[int]] | None = None
     graph_seed: int = 0
     shared_graph: bool = False
-    divergence: Literal["kl", "abs_log_ratio"] | None = None
-    poisson_rate_form: Literal["smooth", "clamp"] | None = None
-    normal_scale_form: Literal["bounded", "free", "fixed"] | None = None
-    normal_target: Literal["per_layer", "all_layers"] | None = None
-    load_window: Literal["cumulative", "ema", "batch"] | None = None
+    divergence: Literal["kl", "abs_log_ratio"] = FROM_PRESET
+    poisson_rate_form: Literal["smooth", "clamp"] = FROM_PRESET
+    normal_scale_form: Literal["bounded", "free", "fixed"] = FROM_PRESET
+    normal_target: Literal["per_layer", "all_layers"] = FROM_PRESET
+    load_window: Literal["cumulative", "ema", "batch"] = FROM_PRESET
     load_decay: float = 0.9
-    norm_load_weights: bool | None = None
-    router_poisson_loss_coef: float | None = None
-    router_normal_loss_coef: float | None = None
+    norm_load_weights: bool = FROM_PRESET
+    router_poisson_loss_coef: float = FROM_PRESET
+    router_normal_loss_coef: float = FROM_PRESET
     edge_density_loss_coef: float = 1.0
     backend: Literal["auto", "eager", "torch", "triton"] = "auto"
 
@@ -194,7 +197,7 @@ class GraphLoraConfig(PeftConfig):
             )
         if self.expert_granularity == "ffn" and not self.norm_topk_prob:
             raise GraphLoraError(
-                "norm_topk_prob=False cannot be used with expert_granularity='ffn', whose expert weights must sum to 1; "
+                "norm_topk_prob=False cannot be used with expert_granularity='ffn', whose weights must sum to 1; "
                 "use expert_granularity='linear' or norm_topk_prob=True."
             )
 

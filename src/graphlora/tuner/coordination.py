@@ -19,6 +19,8 @@ class Coordination(Float32State):
         normal_scale_form: `"bounded"`: sigma = N/4 (1 + e^x), so at least N/4; `"free"`: N/2 + x; `"fixed"`: N/2.
     """
 
+    normal_scale_bias: Tensor
+    cumulative_weights: Tensor
     float32_names = ("poisson_rate_bias", "normal_scale_bias", "cumulative_weights")
 
     def __init__(self, num_experts: int, poisson_rate_form: str, normal_scale_form: str) -> None:

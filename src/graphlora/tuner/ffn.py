@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from graphlora.errors import GraphLoraError
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
@@ -78,11 +80,12 @@ class PassThrough(nn.Identity):
 def gather_inline_ffns(model: nn.Module) -> None:
     """Gathers the FFN parts of layers that hold them directly; `restore_inline_ffns` undoes it."""
     for layer in list(model.modules()):
-        names = {name for name, _ in layer.named_children()}
+        children = dict(layer.named_children())
+        names = set(children)
         if not {"fc1", "fc2", "activation_fn"} <= names or isinstance(layer, InlineFfn):
             continue
         if any(_is_attention(name) for name in names) and not isinstance(layer.fc2, PassThrough):
-            layer.fc1 = InlineFfn(layer.fc1, layer.activation_fn, layer.fc2)
+            layer.fc1 = InlineFfn(children["fc1"], children["activation_fn"], children["fc2"])
             layer.activation_fn, layer.fc2 = PassThrough(), PassThrough()
 
 
@@ -235,7 +238,7 @@ def _check_ffn_modules(ffn_modules: dict[str, str]) -> None:
 def check_parts(parts: FfnParts, name: str) -> None:
     """Runs two tokens through the block and through its parts; refuses a block that computes something else.
 
-    Skipped where the weights are not there yet (meta device) or cannot run here (a quantized layer on the wrong device).
+    Skipped where the weights are not there yet (meta device) or are quantized.
     """
     block = parts.block
     tensors = [*block.parameters(), *block.buffers()]
@@ -262,21 +265,22 @@ def check_parts(parts: FfnParts, name: str) -> None:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """`(in_features, out_features)` of a linear layer, quantized or not, or of transformers' Conv1D."""
-    if hasattr(module, "base_layer"):
-        return features(module.base_layer)
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features), int(module.out_features)
-    if hasattr(module, "infeatures") and hasattr(module, "outfeatures"):
-        return int(module.infeatures), int(module.outfeatures)
-    if type(module).__name__ == "Conv1D":
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    layer: Any = module
+    if hasattr(layer, "base_layer"):
+        return features(layer.base_layer)
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return int(layer.in_features), int(layer.out_features)
+    if hasattr(layer, "infeatures") and hasattr(layer, "outfeatures"):
+        return int(layer.infeatures), int(layer.outfeatures)
+    if isinstance(layer, Conv1D):
+        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
     raise GraphLoraError(f"{type(module).__name__} is not a linear layer that can be adapted.")
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `features` understands the module."""
     names = {"in_features", "out_features"}, {"infeatures", "outfeatures"}
-    return type(module).__name__ == "Conv1D" or any(all(hasattr(module, n) for n in pair) for pair in names)
+    return isinstance(module, Conv1D) or any(all(hasattr(module, n) for n in pair) for pair in names)
 
 
 def find_ffn_blocks(model: nn.Module, ffn_modules: dict[str, str] | None = None) -> Iterator[str]:

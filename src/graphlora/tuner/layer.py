@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,6 +23,7 @@ from graphlora.tuner.ffn import FfnParts, features
 from graphlora.tuner.record import Recorder
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_TRL_REFERENCE = "ref"
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
@@ -36,6 +37,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+
+    def update_layer(self, adapter_name: str, config: GraphLoraConfig, inference_mode: bool = False) -> None:
+        """Adds an adapter to this layer."""
+        raise NotImplementedError
 
     def active_name(self, adapters: nn.ModuleDict) -> str | None:
         """Name of the active adapter that this layer holds, or None where the base layer runs alone."""
@@ -105,6 +110,11 @@ class GraphLoraLayer(TunerLayer):
         "graphlora_coordination",
     )
     other_param_names = ()
+    graphlora_gate_proj: nn.ModuleDict
+    graphlora_up_proj: nn.ModuleDict
+    graphlora_down_proj: nn.ModuleDict
+    graphlora_router: nn.ModuleDict
+    graphlora_coordination: nn.ModuleDict
 
     def __init__(
         self, parts: FfnParts, block_name: str, block_index: int, side: str, recorder: Recorder
@@ -124,15 +134,40 @@ class GraphLoraLayer(TunerLayer):
         d, f = self.parts.hidden_size, self.parts.intermediate_size
         sizes = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
         for name in _PROJECTIONS if self.parts.gated else _PROJECTIONS[1:]:
-            self._modules[f"graphlora_{name}"][adapter_name] = LoraExperts(num_experts, *sizes[name], r)
+            getattr(self, f"graphlora_{name}")[adapter_name] = LoraExperts(num_experts, *sizes[name], r)
         self.graphlora_router[adapter_name] = self._build_router(config, num_experts)
         self.graphlora_coordination[adapter_name] = Coordination(
-            num_experts, config.poisson_rate_form or "smooth", config.normal_scale_form or "bounded"
+            num_experts, config.poisson_rate_form, config.normal_scale_form
         )
+        self._copy_state_for_reference(adapter_name, config)
         self.configs[adapter_name] = config
         self.scaling[adapter_name] = alpha / r
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _copy_state_for_reference(self, adapter_name: str, config: GraphLoraConfig) -> None:
+        """Copies graph, features and running state into the frozen reference that TRL makes of a trained adapter.
+
+        TRL adds an adapter of that name with the same configuration object, and copies the parameters alone.
+        """
+        original = next((name for name, other in self.configs.items() if other is config), None)
+        if adapter_name != _TRL_REFERENCE or original is None:
+            return
+        for modules in (self.graphlora_router, self.graphlora_coordination):
+            buffers = dict(modules[original].named_buffers())
+            for name, buffer in modules[adapter_name].named_buffers():
+                buffer.copy_(buffers[name])
+
+    def router(self, adapter_name: str) -> CenteredRouter:
+        """The router of an adapter."""
+        return cast(CenteredRouter, self.graphlora_router[adapter_name])
+
+    def coordination(self, adapter_name: str) -> Coordination:
+        """lambda, sigma and loads of an adapter."""
+        return cast(Coordination, self.graphlora_coordination[adapter_name])
+
+    def _experts(self, projection: str, adapter_name: str) -> LoraExperts:
+        return cast(LoraExperts, getattr(self, f"graphlora_{projection}")[adapter_name])
 
     def _build_router(self, config: GraphLoraConfig, num_experts: int) -> CenteredRouter:
         d = self.parts.hidden_size
@@ -146,7 +181,7 @@ class GraphLoraLayer(TunerLayer):
         if config.router_type == "linear":
             return LinearRouter(d, num_experts, **common)
         edges = config.edges if config.edges is not None else config.edge_init
-        adjacency = build_adjacency(num_experts, edges, config.edge_density or 0.0, seed)
+        adjacency = build_adjacency(num_experts, edges, config.edge_density, seed)
         router = GraphRouter(
             d,
             num_experts,
@@ -167,9 +202,10 @@ class GraphLoraLayer(TunerLayer):
 
     def twins(self, adapter_name: str) -> list[tuple[int, int]]:
         """Pairs of experts that the router can never tell apart (graph router without a self term)."""
-        router = self.graphlora_router[adapter_name]
-        separable = not isinstance(router, GraphRouter) or router.residual or router.has_self_weight
-        if separable or router.edge_logits is not None or router.adjacency.is_meta:
+        router = self.router(adapter_name)
+        if not isinstance(router, GraphRouter) or router.residual or router.has_self_weight:
+            return []
+        if router.edge_logits is not None or router.adjacency.is_meta:
             return []
         return twin_experts(router.adjacency)
 
@@ -178,7 +214,8 @@ class GraphLoraLayer(TunerLayer):
 
         Args:
             hidden_states: `[..., d]`.
-            args, kwargs: passed to the base block where no adapter is active.
+            *args: passed to the base block where no adapter is active.
+            **kwargs: likewise.
         """
         name = self.active_name(self.graphlora_up_proj)
         if name is None:
@@ -188,7 +225,7 @@ class GraphLoraLayer(TunerLayer):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         backend = resolve_backend(config.backend)
-        logits = self.graphlora_router[name](x, backend)
+        logits = self.router(name)(x, backend)
         routing = select_experts(logits, config.top_k, config.norm_topk_prob)
         self.recorder.add(self, routing)
         settings = MoeSettings(
@@ -203,8 +240,8 @@ class GraphLoraLayer(TunerLayer):
         return out.view(hidden_states.shape)
 
     def _expert_weights(self, name: str) -> ExpertWeights:
-        up, down = self.graphlora_up_proj[name], self.graphlora_down_proj[name]
-        gate = self.graphlora_gate_proj[name] if self.parts.gated else None
+        up, down = self._experts("up_proj", name), self._experts("down_proj", name)
+        gate = self._experts("gate_proj", name) if self.parts.gated else None
         return ExpertWeights(
             None if gate is None else gate.lora_A,
             None if gate is None else gate.lora_B,
@@ -254,7 +291,7 @@ class GraphLoraLinear(TunerLayer):
         name = self.active_name(self.graphlora_attention)
         if name is None:
             return result
-        pair = self.graphlora_attention[name]
+        pair = cast(LoraPair, self.graphlora_attention[name])
         config = self.configs[name]
         dropped = nn.functional.dropout(x, config.lora_dropout, self.training).to(result.dtype)
         low = dropped @ pair.lora_A.to(result.dtype).T

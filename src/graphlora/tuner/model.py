@@ -20,7 +20,7 @@ from graphlora.tuner import ffn
 from graphlora.tuner.auxiliary import auxiliary_loss
 from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.layer import GraphLoraLayer, GraphLoraLinear, TunerLayer, unmergeable
-from graphlora.tuner.masks import IGNORE_INDEX, token_masks
+from graphlora.tuner.masks import named_arguments, share_of_batch, token_masks
 from graphlora.tuner.outputs import AUX_FIELDS, with_aux
 from graphlora.tuner.record import Recorder, RoutingRecord
 
@@ -33,6 +33,8 @@ class GraphLoraModel(BaseTuner):
     Outputs of the adapted model carry `aux_loss` (the weighted auxiliary losses, always a tensor) and `router_logits`
     (one `[tokens, num_experts]` per FFN block). In training, `loss` already contains `aux_loss`, with the share of a
     micro-batch where the trainer normalizes by `num_items_in_batch`; in evaluation, `loss` is the model's own.
+    `aux_loss` is zero where the adapter is disabled, while generating, and where the trainer switched it off by setting
+    `output_router_logits` of the text config to False.
 
     The routing is collected by hooks on the model's forward, because PEFT calls the model itself, not the tuner, where
     no task type is set.
@@ -48,7 +50,7 @@ class GraphLoraModel(BaseTuner):
         nn.Module.__init__(self)
         self.recorder = Recorder()
         self._saved_config: dict[str, Any] = {}
-        self._flag = False
+        self._wanted = True
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -188,15 +190,16 @@ class GraphLoraModel(BaseTuner):
         """Opens a record, and keeps the request for router logits from a base model that has no router."""
         kwargs = {k: v for k, v in kwargs.items() if k != "output_router_logits"}
         config = _text_config(module)
+        self._wanted = True
         if config is not None:
-            self._flag = config.__dict__.get("output_router_logits", False)
+            self._wanted = config.__dict__.get("output_router_logits", True)
             config.output_router_logits = False
-        training = self.training and torch.is_grad_enabled()
-        decoding = not torch.is_grad_enabled() and kwargs.get("use_cache") and not self.training
         layers = self._layers()
         enabled = bool(layers) and not layers[0].disable_adapters
+        decoding = not torch.is_grad_enabled() and kwargs.get("past_key_values") is not None
+        training = enabled and self.training and torch.is_grad_enabled()
         self.recorder.record = RoutingRecord(training) if enabled and not decoding else None
-        if self.recorder.record is not None and training:
+        if training:
             for layer in layers:
                 name = layer.active_name(layer.graphlora_up_proj)
                 if name is not None:
@@ -208,35 +211,22 @@ class GraphLoraModel(BaseTuner):
         record, self.recorder.record = self.recorder.record, None
         config = _text_config(module)
         if config is not None:
-            config.output_router_logits = self._flag
-        if record is None or outputs is None:
+            config.output_router_logits = self._wanted
+        if outputs is None:
             return outputs
+        if record is None:
+            return (
+                with_aux(outputs, _zero_beside(outputs), ()) if isinstance(outputs, ModelOutput) else outputs
+            )
         name = self.active_adapters[0]
         is_encoder_decoder = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
-        masks = token_masks(args, kwargs, is_encoder_decoder)
+        inputs = named_arguments(module, args, kwargs)
+        masks = token_masks(inputs, is_encoder_decoder)
         aux_loss = auxiliary_loss(record, masks, name, cast(GraphLoraConfig, self.peft_config[name]))
-        return self._join(outputs, aux_loss, record, kwargs, is_encoder_decoder)
-
-    def _join(
-        self,
-        outputs: Any,
-        aux_loss: Tensor,
-        record: RoutingRecord,
-        kwargs: dict[str, Any],
-        is_encoder_decoder: bool,
-    ) -> Any:
-        """The one place where the auxiliary loss meets the loss."""
-        share = _share_of_batch(kwargs, is_encoder_decoder) if record.training else None
-        if isinstance(outputs, tuple):
-            if share is not None and kwargs.get("labels") is not None:
-                return (outputs[0] + (share * aux_loss).to(outputs[0].device), *outputs[1:])
-            return outputs
-        if not isinstance(outputs, ModelOutput):
-            return outputs
-        loss = getattr(outputs, "loss", None)
-        if share is not None and isinstance(loss, Tensor):
-            outputs.loss = loss + (share * aux_loss).to(loss.device, loss.dtype)
-        return with_aux(outputs, aux_loss, tuple(routing.router_logits for _, routing in record.entries))
+        if not self._wanted:
+            aux_loss = torch.zeros_like(aux_loss)
+        share = share_of_batch(module, inputs, is_encoder_decoder) if record.training else 0.0
+        return _join(outputs, aux_loss, share, inputs.get("labels") is not None, record)
 
     def record_routing(self) -> AbstractContextManager[dict[str, Routing]]:
         """Context in which the routing of every forward is kept, detached: a dict of block name to `Routing`."""
@@ -321,15 +311,25 @@ def _block_stats(layer: GraphLoraLayer, name: str) -> dict[str, Any]:
     }
 
 
-def _share_of_batch(kwargs: dict[str, Any], is_encoder_decoder: bool) -> Tensor | float:
-    """Share of the optimized batch that this micro-batch is, by its labels; 1 where the trainer does not say."""
-    total = kwargs.get("num_items_in_batch")
-    labels = kwargs.get("labels")
-    if total is None or labels is None:
-        return 1.0
-    if labels.dim() > 1 and not is_encoder_decoder:
-        labels = labels[..., 1:]
-    return (labels != IGNORE_INDEX).sum() / total
+def _join(
+    outputs: Any, aux_loss: Tensor, share: Tensor | float, has_labels: bool, record: RoutingRecord
+) -> Any:
+    """The one place where the auxiliary loss meets the loss; `share` of it is added in training."""
+    if isinstance(outputs, tuple):
+        if not record.training or not has_labels:
+            return outputs
+        return (outputs[0] + (share * aux_loss).to(outputs[0].device, outputs[0].dtype), *outputs[1:])
+    if not isinstance(outputs, ModelOutput):
+        return outputs
+    loss = getattr(outputs, "loss", None)
+    if record.training and isinstance(loss, Tensor):
+        outputs.loss = loss + (share * aux_loss).to(loss.device, loss.dtype)
+    return with_aux(outputs, aux_loss, tuple(routing.router_logits for _, routing in record.entries))
+
+
+def _zero_beside(outputs: ModelOutput) -> Tensor:
+    tensors = (value for value in outputs.values() if isinstance(value, Tensor))
+    return torch.zeros((), device=next(tensors).device)
 
 
 def _text_config(model: nn.Module) -> Any:

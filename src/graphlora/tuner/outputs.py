@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import make_dataclass
+from dataclasses import fields, make_dataclass
 from functools import cache
 
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 AUX_FIELDS = ("aux_loss", "router_logits")
 
@@ -19,9 +19,10 @@ def output_with_aux(cls: type[ModelOutput]) -> type[ModelOutput]:
     The fields are real, so that wrappers which take an output apart and build it again (data parallel, mixed precision)
     keep them. The class is put into this module's namespace under its name, so that it can be pickled.
     """
-    if all(name in cls.__dataclass_fields__ for name in AUX_FIELDS):
+    present = {field.name for field in fields(cls)}  # pyright: ignore[reportArgumentType]  # all subclasses are dataclasses
+    missing = [name for name in AUX_FIELDS if name not in present]
+    if not missing:
         return cls
-    missing = [name for name in AUX_FIELDS if name not in cls.__dataclass_fields__]
     name = f"{cls.__name__}WithAuxLoss"
     new = make_dataclass(name, [(n, Tensor | None, None) for n in missing], bases=(cls,))
     new.__module__ = __name__
@@ -32,6 +33,6 @@ def output_with_aux(cls: type[ModelOutput]) -> type[ModelOutput]:
 
 def with_aux(outputs: ModelOutput, aux_loss: Tensor, router_logits: tuple[Tensor, ...]) -> ModelOutput:
     """The same outputs, with the two fields added."""
-    values = {name: getattr(outputs, name) for name in outputs.__dataclass_fields__}
+    values = {field.name: getattr(outputs, field.name) for field in fields(outputs)}  # pyright: ignore[reportArgumentType]
     values |= {"aux_loss": aux_loss, "router_logits": router_logits or None}
     return output_with_aux(type(outputs))(**values)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 _PAPER: dict[str, Any] = {
+    "expert_granularity": "linear",
+    "attention_target_modules": [],
     "router_hidden_size": 256,
     "edge_density": 0.1,
     "edge_init": "random",
@@ -27,6 +29,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The paper's method with what is broken mended (docs/deviations.md has the evidence for each value).
     "graphlora": {
         **_PAPER,
+        "expert_granularity": "ffn",
+        "attention_target_modules": None,
         "router_hidden_size": 128,
         "expert_features": "embedding",
         "router_self_term": "residual",
@@ -42,6 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The code that the authors released.
     "released": {
         **_PAPER,
+        "expert_granularity": "ffn",
+        "attention_target_modules": None,
         "router_hidden_size": 128,
         "edge_density": 0.25,
         "edge_init": "similarity",

@@ -30,12 +30,15 @@ class DifferentiableAct:
 
     def __init__(self, act: Activation) -> None:
         self.act = act
-        self.backward = _known_backward(act) or self._autograd_backward
+        self._known = _known_backward(act)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.act(x)
 
-    def _autograd_backward(self, grad: Tensor, x: Tensor) -> Tensor:
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        """`grad * act'(x)`, elementwise; autograd supplies it for an activation that is not known."""
+        if self._known is not None:
+            return self._known(grad, x)
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(self.act(leaf), leaf, grad)[0]

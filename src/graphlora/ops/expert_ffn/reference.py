@@ -41,7 +41,8 @@ def expert_ffn_eager(
         if gate is None:
             hidden = ffn.act(up_e)
         else:
-            assert experts.gate_A is not None and experts.gate_B is not None
+            assert experts.gate_A is not None
+            assert experts.gate_B is not None
             x_gate = masked(x, masks.gate)[token]
             gate_e = gate[token] + scaling * (x_gate @ experts.gate_A[e].T) @ experts.gate_B[e].T
             hidden = ffn.act(gate_e) * up_e

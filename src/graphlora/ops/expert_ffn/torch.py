@@ -155,7 +155,8 @@ class ExpertMix(torch.autograd.Function):
             if gate is None:
                 hidden = act(hidden)
             else:
-                assert low_gate is not None and rank_gate is not None
+                assert low_gate is not None
+                assert rank_gate is not None
                 hidden = act(_pre_activation(gate, low_gate, rank_gate, part, scaling)).mul_(hidden)
             hidden = hidden * _weight(weights, part)
             if hidden_mask is not None:
@@ -179,7 +180,10 @@ class ExpertMix(torch.autograd.Function):
         rank_up = up_B.transpose(1, 2).flatten(0, 1)
         d_up, d_low_up, d_rank_up = torch.zeros_like(up), torch.zeros_like(low_up), torch.zeros_like(rank_up)
         d_rank_down, d_weights = torch.zeros_like(rank_down), torch.zeros_like(weights32)
-        rank_gate = d_gate = d_low_gate = d_rank_gate = None
+        rank_gate: Any = None
+        d_gate: Any = None
+        d_low_gate: Any = None
+        d_rank_gate: Any = None
         if gate is not None:
             rank_gate = gate_B.transpose(1, 2).flatten(0, 1)
             d_gate, d_low_gate = torch.zeros_like(gate), torch.zeros_like(low_gate)

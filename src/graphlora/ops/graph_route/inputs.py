@@ -18,7 +18,8 @@ class GraphWeights(NamedTuple):
         self_weight: S_l, `[L, g, g]`, for the self term `"weight"` and for the `"sage"` convolution; else None.
         attention: `[L, 2, g]` source and target vectors of the `"gat"` convolution; else None.
         out: p, `[g]`.
-        adjacency: expert-expert block `[N, N]`, values in [0, 1].
+        adjacency: expert-expert block `[N, N]`, values in [0, 1], for `"sage"` and `"gat"`.
+        normalized: Â of experts and token, `[N + 1, N + 1]`, for `"gcn"`.
         residual: a of the self term `"residual"`; 0 without one.
     """
 
@@ -28,4 +29,5 @@ class GraphWeights(NamedTuple):
     attention: Tensor | None
     out: Tensor
     adjacency: Tensor
+    normalized: Tensor
     residual: float

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphlora.graph import normalized_adjacency
 from graphlora.ops.graph_route.inputs import GraphWeights
 
 
@@ -35,7 +34,7 @@ def graph_logits_eager(token: Tensor, weights: GraphWeights, act: object, conv: 
 
 def _gcn(nodes: Tensor, first: Tensor, weights: GraphWeights, i: int) -> Tensor:
     """`((1 - a) Â H + a H_0) W^T`, plus `H S^T` where the self term has a weight of its own."""
-    spread = torch.einsum("nm,tmg->tng", normalized_adjacency(weights.adjacency), nodes)
+    spread = torch.einsum("nm,tmg->tng", weights.normalized, nodes)
     if weights.residual:
         spread = (1 - weights.residual) * spread + weights.residual * first
     spread = spread @ weights.conv[i].T

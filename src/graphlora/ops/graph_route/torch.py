@@ -1,5 +1,7 @@
-"""The graph convolution in closed form. Every token has the same graph, so what does not depend on the token is computed
-once per forward, and only the N expert rows of the last layer are computed at all. README.md has the derivation.
+"""The graph convolution in closed form.
+
+Every token has the same graph, so what does not depend on the token is computed once per forward, and only the N expert
+rows of the last layer are computed at all. README.md has the derivation.
 
 Node features are never stored: backward recomputes them, a chunk of tokens at a time.
 """
@@ -12,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphlora.graph import normalized_adjacency
 from graphlora.ops.graph_route.inputs import GraphWeights
 
 Activation = Callable[[Tensor], Tensor]
@@ -33,7 +34,7 @@ def graph_logits_torch(token: Tensor, weights: GraphWeights, act: Activation) ->
     """
     return _Recomputed.apply(
         token, weights.experts, weights.conv, weights.self_weight, weights.out,
-        normalized_adjacency(weights.adjacency), weights.residual, act,
+        weights.normalized, weights.residual, act,
     )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def _closed_form(
     residual: float,
     act: Activation,
 ) -> Tensor:
-    """Logits `[tokens, N]`; features are node-major, `[nodes, tokens, g]`, so that aggregation is one matrix product."""
+    """Logits `[tokens, N]`; features are node-major, `[nodes, tokens, g]`: aggregation is one matrix product."""
     num_experts, width = experts.shape
     num_layers = conv.shape[0]
     mixing = (1 - residual) * adjacency + residual * torch.eye(num_experts + 1, device=adjacency.device)
@@ -77,10 +78,11 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, *args: Any) -> Tensor:
-        *tensors, residual, act = args
+        tensors, (residual, act) = args[:-2], args[-2:]
         ctx.save_for_backward(token, *tensors)
         ctx.residual, ctx.act = residual, act
-        return torch.cat([_closed_form(part, *args) for part in _chunks(token, tensors[0])])
+        parts = [_closed_form(part, *tensors, residual, act) for part in _chunks(token, tensors[0])]  # pyright: ignore[reportCallIssue]
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,10 +90,10 @@ class _Recomputed(torch.autograd.Function):
         token_grads: list[Tensor] = []
         totals: list[Tensor | None] = [None if t is None else torch.zeros_like(t) for t in tensors]
         for part, grad in zip(_chunks(token, tensors[0]), _chunks(grad_outputs[0], tensors[0]), strict=True):
-            leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+            leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in tensors]
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                logits = _closed_form(leaf, *leaves, ctx.residual, ctx.act)
+                logits = _closed_form(leaf, *leaves, ctx.residual, ctx.act)  # pyright: ignore[reportCallIssue]
             present = [t for t in (leaf, *leaves) if t is not None]
             grads = iter(torch.autograd.grad(logits, present, grad))
             token_grads.append(next(grads))
