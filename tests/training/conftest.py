@@ -34,7 +34,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(folder: Path, hidden_size: int = 32, layers: int = 2, window: int = 64) -> Path:
+def make_model(folder: Path, hidden_size: int = 32, layers: int = 2, window: int = 128) -> Path:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -100,9 +100,12 @@ def texts_file(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "texts.jsonl", rows)
 
 
+GRAPHLORA = {"num_experts": 4, "top_k": 2, "router_hidden_size": 16}
+
+
 @pytest.fixture
 def tiny_recipe(tiny_model, choices_file, tmp_path) -> dict:
-    """Options of a run of seconds: plain LoRA, float32, dropout on so that the random state matters."""
+    """Options of a run of seconds, in float32 with dropout, so that the random state matters."""
     return {
         "model": str(tiny_model),
         "task": str(choices_file),
@@ -112,10 +115,16 @@ def tiny_recipe(tiny_model, choices_file, tmp_path) -> dict:
         "r": 4,
         "lora_alpha": 8,
         "lora_dropout": 0.1,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
         "per_device_train_batch_size": 4,
         "max_steps": 6,
         "eval_steps": 3,
         "logging_steps": 1,
         "training_args": {"use_cpu": True, "disable_tqdm": True},
     }
+
+
+@pytest.fixture(params=["lora", "graphlora"])
+def any_recipe(request, tiny_recipe) -> dict:
+    """The same run with plain LoRA and with GraphLoRA."""
+    return tiny_recipe | {"method": request.param} | (GRAPHLORA if request.param == "graphlora" else {})
