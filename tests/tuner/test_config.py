@@ -1,0 +1,121 @@
+"""GraphLoraConfig: values, presets, and one clear message per mistake."""
+
+import copy
+import json
+import pickle
+
+import pytest
+from peft import PeftConfig, PeftType
+
+from graphlora import GraphLoraConfig
+from graphlora.errors import GraphLoraError
+from graphlora.tuner.presets import PRESETS
+
+MISTAKES = {
+    "top_k": ({"top_k": 9, "num_experts": 8}, "top_k=9 is larger than num_experts=8", "between 1 and 8"),
+    "top_k_zero": ({"top_k": 0}, "top_k=0", "from 1"),
+    "num_experts": ({"num_experts": 10**6}, "num_experts=1000000", "to 1024"),
+    "num_experts_type": ({"num_experts": "eight"}, "num_experts='eight'", "whole number"),
+    "num_experts_bool": ({"num_experts": True, "top_k": 1}, "num_experts=True", "whole number"),
+    "rank": ({"r": 0}, "r=0", "from 1"),
+    "density": ({"edge_density": 1.2}, "edge_density=1.2", "from 0 to 1"),
+    "density_nan": ({"edge_density": float("nan")}, "edge_density=nan", "from 0 to 1"),
+    "dropout": ({"lora_dropout": 1.0}, "lora_dropout=1.0", "from 0 to 0.999"),
+    "alpha": ({"lora_alpha": -1}, "lora_alpha=-1", "from"),
+    "coefficient": ({"router_normal_loss_coef": -0.1}, "router_normal_loss_coef=-0.1", "from 0"),
+    "preset": ({"preset": "papers"}, "preset='papers'", "Did you mean 'paper'?"),
+    "granularity": ({"expert_granularity": "layer"}, "expert_granularity='layer'", "'ffn', 'linear'"),
+    "router": ({"router_type": "graf"}, "router_type='graf'", "Did you mean 'graph'?"),
+    "conv": ({"router_conv": "gin"}, "router_conv='gin'", "'gcn'"),
+    "edge_init": ({"edge_init": "rnig"}, "edge_init='rnig'", "Did you mean 'ring'?"),
+    "edges_missing": ({"edges": [[0, 8]]}, "[0, 8]", "0 to 7"),
+    "edges_self": ({"edges": [[3, 3]]}, "[3, 3]", "itself"),
+    "edges_triple": ({"edges": [[0, 1, 2]]}, "[0, 1, 2]", "pair"),
+    "norm": ({"norm_topk_prob": False}, "norm_topk_prob=False", "expert_granularity='linear'"),
+    "backend": ({"backend": "cuda"}, "backend='cuda'", "'eager'"),
+    "all_linear": ({"target_modules": "all-linear"}, "target_modules='all-linear'", "['mlp']"),
+    "all_linear_attention": (
+        {"attention_target_modules": "all-linear"},
+        "attention_target_modules='all-linear'",
+        "leave it out",
+    ),
+    "regex_layers": ({"target_modules": ".*mlp", "layers_to_transform": [0]}, "layers_to_transform", "list"),
+    "pattern_layers": ({"layers_pattern": "h"}, "layers_pattern='h'", "layers_to_transform"),
+    "num_experts_pattern": ({"num_experts_pattern": {"mlp": 1}}, "num_experts_pattern=1", "from 2"),
+    "rank_pattern": ({"rank_pattern": {"mlp": 0}}, "rank_pattern=0", "from 1"),
+    "alpha_pattern": ({"alpha_pattern": {"mlp": 0}}, "alpha_pattern=0", "from"),
+    "decay": ({"load_decay": 1.0}, "load_decay=1.0", "from 0"),
+    "seed": ({"graph_seed": -1}, "graph_seed=-1", "from 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_with_its_remedy_in_one_line(mistake):
+    values, *parts = MISTAKES[mistake]
+    with pytest.raises(GraphLoraError) as caught:
+        GraphLoraConfig(**values)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fields_left_out_come_from_the_preset(preset):
+    config = GraphLoraConfig(preset=preset)
+    expected = {
+        name: set(value) if isinstance(value, list) else value for name, value in PRESETS[preset].items()
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_given_value_wins_over_the_preset():
+    config = GraphLoraConfig(preset="released", edge_density=0.5, router_normal_loss_coef=0.0)
+    assert (config.edge_density, config.router_normal_loss_coef) == (0.5, 0.0)
+    assert config.divergence == "abs_log_ratio"
+
+
+def test_survives_saving_copying_and_pickling(tmp_path):
+    config = GraphLoraConfig(
+        preset="paper",
+        task_type="CAUSAL_LM",
+        target_modules=["mlp"],
+        attention_target_modules=["k_proj", "q_proj"],
+        exclude_modules=["layers.0.mlp"],
+        edges=[(0, 1), (2, 3)],
+        rank_pattern={"mlp": 4},
+    )
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "GRAPHLORA"
+    assert saved["attention_target_modules"] == ["k_proj", "q_proj"]
+    others = [
+        PeftConfig.from_pretrained(tmp_path),
+        GraphLoraConfig.from_pretrained(tmp_path),
+        GraphLoraConfig(**saved),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+    ]
+    for other in others:
+        assert type(other) is GraphLoraConfig
+        assert other.peft_type is PeftType.GRAPHLORA
+        assert other.to_dict() == {**config.to_dict(), "inference_mode": other.inference_mode}
+        assert other.target_modules == {"mlp"}
+
+
+def test_the_type_stands_beside_pefts_own():
+    assert PeftType("GRAPHLORA") is PeftType.GRAPHLORA
+    assert "GRAPHLORA" in PeftType.__members__
+    assert PeftType.GRAPHLORA in list(PeftType)
+    assert pickle.loads(pickle.dumps(PeftType.GRAPHLORA)) is PeftType.GRAPHLORA
+    assert json.dumps(PeftType.GRAPHLORA) == '"GRAPHLORA"'
+
+
+def test_values_of_an_untrusted_file_are_bounded(tmp_path):
+    config = GraphLoraConfig()
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "router_hidden_size": 10**9}))
+    with pytest.raises(GraphLoraError, match="router_hidden_size=1000000000"):
+        PeftConfig.from_pretrained(tmp_path)
