@@ -137,7 +137,8 @@ class GraphLoraModel(BaseTuner):
         twins = {
             layer.block_name: t for layer in self._layers(adapter_name) if (t := layer.twins(adapter_name))
         }
-        if twins:
+        # For inference the graph comes from the adapter's file, which is read after this.
+        if twins and not config.inference_mode:
             name, pairs = next(iter(twins.items()))
             warnings.warn(
                 f"{len(twins)} of {len(self._layers(adapter_name))} expert graphs hold twins, experts with the same "
