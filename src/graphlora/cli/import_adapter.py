@@ -24,9 +24,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--base_model", type=str, required=True, help="base model that it was trained on")
     parser.add_argument(
         "--graph",
-        type=list[list[int]] | None,
+        type=list[list[int]] | str | None,
         default=None,
-        help="edges between experts that it was trained with",
+        help="graph that it was trained with: edges, or a .json or .safetensors file",
     )
     return parser
 
@@ -35,8 +35,10 @@ def run(arguments: Namespace) -> None:
     """Import and say where the adapter is."""
     from graphlora.tuner.import_authors import import_checkpoint
 
-    import_checkpoint(
+    imported = import_checkpoint(
         arguments.source, arguments.output, base_model=arguments.base_model, graph=arguments.graph
     )
-    print(f"adapter: {arguments.output}")
+    for note in imported.notes:
+        print(f"note: {note}")
+    print(f"adapter: {arguments.output} ({imported.num_layers} FFN blocks)")
     print(f"next: graphlora info {arguments.output}")
