@@ -31,7 +31,8 @@ class Forward:
         Raises:
             GraphLoraError: An encoder-decoder model.
         """
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap: Any = getattr(model, "get_base_model", None)
+        inner: Any = unwrap() if unwrap else model
         if getattr(inner.config, "is_encoder_decoder", False):
             raise GraphLoraError(
                 f"{type(inner).__name__} is an encoder-decoder; scoring needs a causal model"
