@@ -4,7 +4,7 @@
     python scripts/make_quiz.py --check    # exit 1 where a packaged file differs
 
 A fact table holds relations. A relation is `pairs` (one to one), `groups` (many subjects to one group) or
-`suffixes` with `roots` (an invented language), with its wordings per direction and split. Subjects, not
+`adjectives` with `roots` (an invented language), with its wordings per direction and split. Subjects, not
 single questions, are divided between training, validation and test: an unseen fact's subject occurs nowhere
 in training. Order and choices come from SHA-256 of names, so the bytes depend on no random generator.
 """
@@ -78,7 +78,7 @@ def read_facts(domain: str) -> list[Fact]:
         elif "groups" in relation:
             facts += list(group_facts(name, relation))
         else:
-            facts += list(suffix_facts(name, relation))
+            facts += list(phrase_facts(name, relation))
     twice = [fact for fact, times in Counter(fact.id for fact in facts).items() if times > 1]
     if twice:
         raise ValueError(f"given twice: {twice}")
@@ -122,24 +122,24 @@ def group_facts(name: str, relation: dict) -> Iterator[Fact]:
             )
 
 
-def suffix_facts(name: str, relation: dict) -> Iterator[Fact]:
-    """One fact for each root, its adjective chosen in turn: root + suffix means adjective + noun."""
-    suffixes, roots = relation["suffixes"], relation["roots"]
+def phrase_facts(name: str, relation: dict) -> Iterator[Fact]:
+    """One fact for each root, its adjective chosen in turn: root, then the adjective's word."""
+    adjectives, roots = relation["adjectives"], relation["roots"]
     if len(set(roots.values())) < len(roots):
         raise ValueError(f"{name}: two nouns share a root")
     for number, noun in enumerate(sorted(roots, key=lambda noun: order_key(name, noun))):
-        root, adjective = roots[noun], list(suffixes)[number % len(suffixes)]
-        word = root + suffixes[adjective]
+        root, adjective = roots[noun], list(adjectives)[number % len(adjectives)]
+        phrase = f"{root} {adjectives[adjective]}"
         yield Fact(
             id=f"{name}/{noun}",
             subject=noun,
             stratum=f"{name}/{adjective}",
-            fields={"root": root, "noun": noun, "adjective": adjective, "word": word},
-            answers={"forward": word, "backward": f"{adjective} {noun}"},
+            fields={"root": root, "noun": noun, "adjective": adjective, "phrase": phrase},
+            answers={"forward": phrase, "backward": f"{adjective} {noun}"},
             wordings=relation["wordings"],
             options={
-                "forward": [root + suffix for suffix in suffixes.values()],
-                "backward": [f"{other} {noun}" for other in suffixes],
+                "forward": [f"{root} {word}" for word in adjectives.values()],
+                "backward": [f"{other} {noun}" for other in adjectives],
             },
         )
 
