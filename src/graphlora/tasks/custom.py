@@ -62,8 +62,8 @@ def _select(spec: str, split: str) -> list[Row]:
     if not rows:
         found = ", ".join(f"{name} ({len(part)} rows)" for name, part in parts.items() if part)
         raise GraphLoraError(
-            f"{spec} has no rows for split {split!r}; found {found or 'nothing'}; add a file or a split column "
-            f"for it, or use split {ALL!r} for every row"
+            f"{spec} has no rows for split {split!r}; found {found or 'nothing'}; add a file or a split "
+            f"column for it, or use split {ALL!r} for every row"
         )
     return rows
 

@@ -11,8 +11,8 @@ from graphlora.tasks.example import LETTERS, Example, TextExample, continuations
 from graphlora.tasks.rows import Row
 
 EXPECTED = (
-    "expected prompt and completion; or messages; or question, choices (or A, B, ... or choice1, choice2, ...) and "
-    "answer"
+    "expected prompt and completion; or messages; or question, choices (or A, B, ... or choice1, choice2) "
+    "and answer"
 )
 ANSWER_COLUMNS = ("answer", "answerKey", "label")
 ROLES = ("system", "user", "assistant", "tool", "developer")

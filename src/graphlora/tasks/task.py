@@ -33,7 +33,7 @@ class Task:
         hub_id: Data set on the Hugging Face Hub, `"owner/name"`.
         hub_config: Its configuration.
         revision: Commit, tag or branch to pin.
-        embedded: Folder inside this package with `<split>.jsonl[.gz]`, used when no `data_dir` is given.
+        embedded: Folder inside this package with `<split>.jsonl[.gz]`, used unless `data_dir` has the task.
         folder: Folder inside `data_dir` when it is not `name`.
         sources: Published split that each of train, validation and test is taken from.
         validation_share: Share of a shared published split that becomes validation.
@@ -98,7 +98,8 @@ class Task:
         return self._split(split, data_dir)
 
     def _folder(self, data_dir: str | Path | None) -> Path | None:
-        return self.embedded if data_dir is None else Path(data_dir) / (self.folder or self.name)
+        folder = None if data_dir is None else Path(data_dir) / (self.folder or self.name)
+        return self.embedded if self.embedded and not (folder and folder.is_dir()) else folder
 
     def _rows(self, split: str, data_dir: str | Path | None) -> list[Row]:
         source = self.sources[split]
