@@ -196,7 +196,7 @@ class GraphLoraModel(BaseTuner):
             self._wanted = config.__dict__.get("output_router_logits", True)
             config.output_router_logits = False
         layers = self._layers()
-        enabled = bool(layers) and not layers[0].disable_adapters
+        enabled = bool(layers) and bool(self.active_adapters) and not layers[0].disable_adapters
         decoding = not torch.is_grad_enabled() and kwargs.get("past_key_values") is not None
         training = enabled and self.training and torch.is_grad_enabled()
         self.recorder.record = RoutingRecord(training) if enabled and not decoding else None

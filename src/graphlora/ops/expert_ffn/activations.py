@@ -14,14 +14,34 @@ ActivationBackward = Callable[[Tensor, Tensor], Tensor]
 _aten = torch.ops.aten
 # One of transformers' classes can compute several functions, so an activation is known by what it does to four numbers.
 _PROBE = (-3.0, -0.7, 0.3, 2.0)
+
+
+# Functions with names, because a model that holds them must be picklable.
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.silu_backward(grad, x)
+
+
+def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.gelu_backward(grad, x)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.gelu_backward(grad, x, approximate="tanh")
+
+
+def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.threshold_backward(grad, x, 0)
+
+
 _KNOWN: tuple[tuple[Activation, ActivationBackward], ...] = (
-    (F.silu, lambda grad, x: _aten.silu_backward(grad, x)),
-    (F.gelu, lambda grad, x: _aten.gelu_backward(grad, x)),
-    (
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
-    ),
-    (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
+    (F.silu, _silu_backward),
+    (F.gelu, _gelu_backward),
+    (_gelu_tanh, _gelu_tanh_backward),
+    (F.relu, _relu_backward),
 )
 
 
