@@ -78,6 +78,8 @@ def import_checkpoint(
         raise GraphLoraError(f"{output} exists and is not empty; choose another directory.")
     checkpoint = read_checkpoint(Path(source_dir))
     name = base_model or checkpoint.settings.get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise GraphLoraError(f"base_model_name_or_path={name!r} is no name; give base_model (--base_model).")
     base_config = _base_config(name)
     if base_config is not None:
         _check_base(checkpoint, base_config, str(name))
@@ -93,7 +95,7 @@ def import_checkpoint(
     elif graph is not None:
         graphs = given_graphs(graph, len(checkpoint.layers), checkpoint.num_experts)
     else:
-        act_name = (base_config or {}).get("hidden_act", "silu")
+        act_name = str((base_config or {}).get("hidden_act", "silu"))
         graphs = rebuilt_graphs(checkpoint, act_name, config.edge_density or 0.0)
         notes.append(_REBUILT)
     state = _adapter_state(checkpoint, graphs)
@@ -111,9 +113,12 @@ def _base_config(name: str | None) -> dict[str, Any] | None:
     if not name or not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise GraphLoraError(f"{path} is broken: {error}; restore it from a copy.") from error
+    if not isinstance(content, dict):
+        raise GraphLoraError(f"{path} holds no JSON object; it is no model's configuration.")
+    return content
 
 
 def _check_base(checkpoint: AuthorsCheckpoint, base_config: dict[str, Any], name: str) -> None:
