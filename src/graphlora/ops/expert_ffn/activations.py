@@ -53,6 +53,7 @@ class DifferentiableAct:
         self._known = _known_backward(act)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The activation itself, elementwise."""
         return self.act(x)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
