@@ -14,6 +14,7 @@ from types import ModuleType
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from graphlora.cli.completion import complete
 from graphlora.cli.parsing import HelpFormatter, explained, option_names, underscored
 from graphlora.errors import GraphLoraError
 
@@ -84,6 +85,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
 
 def _run(words: list[str]) -> int:
     parser, parsers = build_parser()
+    complete(parsers)
     known = words[0] if words and words[0] in COMMANDS else None
     try:
         parsed = parser.parse_args(words)

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.recipe import Recipe, suggestion
+from graphlora.tuner.config import GraphLoraConfig
+from graphlora.tuner.register import register
 
 
 def adapter_config(recipe: Recipe) -> PeftConfig:
@@ -18,11 +20,8 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
     Raises:
         GraphLoraError: An option that the method does not have, or a value that its config refuses.
     """
-    kind: Any = LoraConfig
-    if recipe.method == "graphlora":
-        from graphlora import GraphLoraConfig
-
-        kind = GraphLoraConfig
+    register()
+    kind: Any = GraphLoraConfig if recipe.method == "graphlora" else LoraConfig
     options = recipe.adapter_options()
     known = {item.name for item in fields(kind)}
     for name in options:

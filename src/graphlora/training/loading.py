@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.adapter_files import WEIGHT_PREFIX, AdapterFiles, is_adapter, read_adapter
+from graphlora.tuner.register import register
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODULE_OF_WEIGHT = re.compile(r"^(.*?)\.(?:lora_|graphlora_|modules_to_save)")
 T = TypeVar("T")
+
+register()
 
 
 def pick_device(device: str = "auto") -> torch.device:

@@ -222,7 +222,9 @@ def make_trainer(
             keep_checkpoints=recipe.save_total_limit,
             truncate=recipe.truncation != "refuse",
         )
-    except (RuntimeError, ImportError) as error:
+    except GraphLoraError:
+        raise
+    except (RuntimeError, ImportError, ValueError) as error:
         raise GraphLoraError(f"cannot set up training: {' '.join(str(error).split())}") from error
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:

@@ -260,4 +260,5 @@ class AdapterTrainer(Trainer):
             step = self.lr_scheduler.last_epoch
             for group, rate, shape in zip(self.optimizer.param_groups, rates, schedule, strict=True):
                 group["initial_lr"], group["lr"] = rate, rate * shape(step)
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         return None

@@ -1,0 +1,124 @@
+"""`graphlora train`: what it leaves and says, and in real processes Ctrl-C and going on."""
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-u", "-W", "ignore", "-m", "graphlora.cli"]
+
+
+def test_training_says_what_comes_next(adapter):
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert "learning_rate: 0.01" in (adapter / "config.yaml").read_text()
+
+
+def test_a_recipe_file_with_overrides(graphlora, adapter, tmp_path):
+    words = ["train", "--config", adapter / "config.yaml", "--output_dir", tmp_path / "b", "--max_steps", 2]
+    code, out, _ = graphlora(*words, "--training_args.adam_beta2", "0.9")
+    assert code == 0
+    assert "trained 2 steps" in out
+    assert f"graphlora evaluate {tmp_path / 'b'} --task" in out
+    written = (tmp_path / "b" / "config.yaml").read_text()
+    assert "max_steps: 2" in written
+    assert "adam_beta2: 0.9" in written
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        (["--model", "/nowhere/model"], "no model at /nowhere/model"),
+        (["--top_k", 9], "top_k=9 is larger than num_experts=4"),
+        (["--edge_density", 1.5], "edge_density"),
+        (["--edges", "[[0, 7]]"], "edges"),
+        (["--method", "lora"], "num_experts has no meaning for method lora"),
+        (["--adapter_args", "{rr: 2}"], "rr has no meaning for method graphlora"),
+        (["--target_modules", "nothing_here"], "nothing_here"),
+        (["--max_length", 5], "more than max_length 5"),
+        (["--max_length", 4096], "the model's window is 128 tokens"),
+        (["--report_to", "nonsense"], "nonsense"),
+        (["--loraplus_lr_ratio", 0], "loraplus_lr_ratio is 0.0; give a number above 0"),
+    ],
+)
+def test_mistakes_come_before_training_and_leave_nothing(graphlora, train_words, tmp_path, extra, line):
+    code, _, error = graphlora(*train_words, "--output_dir", tmp_path / "out", *extra)
+    assert code == 2
+    assert error.startswith("graphlora: error: ")
+    assert line in error
+    assert list((tmp_path / "out").glob("*")) == []
+
+
+GOOD = '{"question": "%d?", "choices": ["b", "c"], "answer": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            '{"question": "a?", "choices": ["b", "c"], "answer": "d"}',
+            "rows.jsonl:21: answer 'd' is not among",
+        ),
+        ('{"question"', "rows.jsonl:21: broken JSON"),
+        ('{"text": "a"}', "rows.jsonl:21: no column 'question'; found text"),
+    ],
+)
+def test_broken_rows_are_named_by_file_and_line(graphlora, train_words, tmp_path, row, line):
+    rows = [GOOD % number for number in range(20)] + [row]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = [*train_words, "--task", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
+    code, _, error = graphlora(*words)
+    assert code == 2
+    assert line in error
+
+
+def test_an_output_directory_that_cannot_be_written(graphlora, train_words, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, error = graphlora(*train_words, "--output_dir", tmp_path / "file" / "out")
+    assert code == 2
+    assert "cannot write to output_dir" in error
+
+
+def start_and_signal(words, number) -> tuple[int, str]:
+    """Start training, send a signal after step 5; exit code and standard error."""
+    process = subprocess.Popen([*COMMAND, *map(str, words)], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    told = ""
+    while "step 5:" not in told:
+        part = process.stderr.read(1)
+        assert part, told
+        told += part
+    process.send_signal(number)
+    error = process.communicate(timeout=120)[1]
+    return process.returncode, error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_the_command_to_go_on(graphlora, train_words, tmp_path, number):
+    words = [*train_words, "--output_dir", tmp_path / "out", "--max_steps", 4000, "--eval_steps", 2000]
+    code, error = start_and_signal([*words, "--logging_steps", 5], number)
+    assert code == 130, error
+    assert "Traceback" not in error
+    line = error.strip().splitlines()[-1]
+    found = re.search(r"saved (\S+checkpoint-(\d+))\. Go on with: graphlora (.*)$", line)
+    assert found, line
+    more = int(found.group(2)) + 5
+    code, out, _ = graphlora(*shlex.split(found.group(3)), "--max_steps", more, "--eval_steps", more)
+    assert code == 0
+    assert f"trained {more} steps" in out
+
+
+def test_ctrl_c_before_training_is_quiet(train_words, tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, train_words), "--output_dir", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.8)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error

@@ -1,0 +1,64 @@
+"""From a recipe to the Trainer's arguments."""
+
+import pytest
+import torch
+
+from graphlora.errors import GraphLoraError
+from graphlora.training import Recipe
+from graphlora.training.arguments import training_arguments
+
+
+def arguments(tmp_path, dtype=torch.float32, **options):
+    values = {"model": "m", "task": "quiz", "output_dir": str(tmp_path), "metric_for_best_model": "acc"}
+    return training_arguments(Recipe.from_dict(values | options), dtype)
+
+
+def test_recipe_options_and_passthrough_reach_the_trainer(tmp_path):
+    found = arguments(
+        tmp_path, learning_rate=3e-4, warmup_ratio=0.1, eval_steps=50, training_args={"adam_beta2": 0.95}
+    )
+    assert found.learning_rate == 3e-4
+    assert found.get_warmup_steps(100) == 10
+    assert found.adam_beta2 == 0.95
+    assert found.save_steps == found.eval_steps == 50
+    assert found.load_best_model_at_end
+    assert found.greater_is_better
+    assert not found.logging_nan_inf_filter
+    assert found.report_to == []
+
+
+def test_warmup_steps_win_over_the_ratio(tmp_path):
+    assert arguments(tmp_path, warmup_ratio=0.1, warmup_steps=7).get_warmup_steps(100) == 7
+
+
+def test_activation_checkpointing_is_not_reentrant(tmp_path):
+    found = arguments(tmp_path, gradient_checkpointing=True)
+    assert found.gradient_checkpointing
+    assert found.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_without_validation_nothing_is_chosen(tmp_path):
+    found = arguments(tmp_path, eval_strategy="no")
+    assert not found.load_best_model_at_end
+    assert found.save_strategy == "steps"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"training_args": {"adam_beta": 1}},
+            "training_args.adam_beta is unknown to transformers; did you mean",
+        ),
+        ({"training_args": {"seed": 1}}, "give --seed"),
+        (
+            {"training_args": {"label_smoothing_factor": 0.1}},
+            "not supported: it would replace the model's loss",
+        ),
+        ({"lr_scheduler_type": "zigzag"}, "transformers refuses the recipe: zigzag"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, options, message):
+    with pytest.raises(GraphLoraError) as raised:
+        arguments(tmp_path, **options)
+    assert message in str(raised.value)
