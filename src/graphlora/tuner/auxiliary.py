@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from graphlora.load import all_ranks_load, batch_load, windowed_load
 from graphlora.losses import edge_density_penalty, normal_balance, poisson_distinction
 from graphlora.router import GraphRouter, Routing
+from graphlora.tuner.masks import warn_once
 from graphlora.tuner.record import RoutingRecord
 
 if TYPE_CHECKING:
@@ -70,11 +70,7 @@ def _mask_for(layer: GraphLoraLayer, routing: Routing, masks: dict[str, Tensor |
     if mask is None:
         return None
     if mask.numel() != tokens:
-        warnings.warn(
-            f"The attention mask has {mask.numel()} tokens where {layer.block_name} saw {tokens}; "
-            "all tokens, padding included, count in the auxiliary losses.",
-            stacklevel=2,
-        )
+        warn_once(f"the attention mask has another number of tokens than {layer.block_name} saw")
         return None
     return mask.to(routing.router_logits.device)
 

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from graphlora.router import Float32State
 
+# A freely trained sigma runs towards zero and past it, where the target is not a number.
+_SMALLEST_FREE_SCALE = 0.1
+
 
 class Coordination(Float32State):
     """lambda (`poisson_rate`), sigma (`normal_scale`) and `cumulative_weights` of one FFN block; float32 always.
@@ -16,7 +19,7 @@ class Coordination(Float32State):
     Args:
         num_experts: N.
         poisson_rate_form: `"smooth"`: lambda = 1 + sigmoid(x); `"clamp"`: lambda = clamp(1.5 + x, 1, 2).
-        normal_scale_form: `"bounded"`: sigma = N/4 (1 + e^x), so at least N/4; `"free"`: N/2 + x; `"fixed"`: N/2.
+        normal_scale_form: `"bounded"`: sigma = N/4 (1 + e^x), so at least N/4; `"free"`: |N/2 + x|; `"fixed"`: N/2.
     """
 
     normal_scale_bias: Tensor
@@ -46,4 +49,4 @@ class Coordination(Float32State):
         """sigma, scalar, in experts; starts at N/2."""
         if self.normal_scale_form == "bounded":
             return self.num_experts / 4 * (1 + self.normal_scale_bias.exp())
-        return self.num_experts / 2 + self.normal_scale_bias
+        return (self.num_experts / 2 + self.normal_scale_bias).abs().clamp_min(_SMALLEST_FREE_SCALE)

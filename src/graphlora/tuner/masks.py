@@ -40,7 +40,9 @@ def token_masks(inputs: dict[str, Any], is_encoder_decoder: bool) -> dict[str, T
     if inputs.get("decoder_attention_mask") is not None:
         decoder = _flatten(inputs["decoder_attention_mask"], targets)
     elif targets is None and inputs.get("labels") is not None:
-        decoder = _decoder_mask_from_labels(inputs["labels"])
+        # The decoder reads the labels shifted right. What it reads after the last label predicts nothing, and is not
+        # there at all in the longest row, so it must not count in the others.
+        decoder = (inputs["labels"] != IGNORE_INDEX).reshape(-1)
     else:
         decoder = None
     return {"encoder": own, "decoder": decoder}
@@ -97,9 +99,3 @@ def _sees_itself(mask: Tensor) -> Tensor:
     if mask.is_floating_point():
         return diagonal == 0
     return diagonal if mask.dtype == torch.bool else diagonal != 0
-
-
-def _decoder_mask_from_labels(labels: Tensor) -> Tensor:
-    """The decoder's input is the labels shifted right: its first token is real, later ones follow a real label."""
-    real = labels != IGNORE_INDEX
-    return torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1).reshape(-1)

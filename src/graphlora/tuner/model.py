@@ -140,10 +140,12 @@ class GraphLoraModel(BaseTuner):
         # For inference the graph comes from the adapter's file, which is read after this.
         if twins and not config.inference_mode:
             name, pairs = next(iter(twins.items()))
+            gat = config.router_conv == "gat"
+            remedy = "Other edges remove this." if gat else "router_self_term='residual' removes this."
             warnings.warn(
                 f"{len(twins)} of {len(self._layers(adapter_name))} expert graphs hold twins, experts with the same "
-                f"neighbors, which the router can never tell apart; {name}: {_pairs_text(pairs)}. "
-                "router_self_term='residual' removes this.",
+                f"neighbors, which the router can {'hardly' if gat else 'never'} tell apart; "
+                f"{name}: {_pairs_text(pairs)}. {remedy}",
                 stacklevel=2,
             )
 
