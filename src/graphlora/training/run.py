@@ -31,7 +31,14 @@ from graphlora.training.checkpoints import (
     remove_run,
     writing,
 )
-from graphlora.training.data import Encoded, Encoding, encode_all, packing_collator, padding_collator
+from graphlora.training.data import (
+    Encoded,
+    Encoding,
+    encode_all,
+    packing_collator,
+    padding_collator,
+    prompt_template,
+)
 from graphlora.training.loading import load_base_model, load_tokenizer, pick_device, pick_dtype, resolve_path
 from graphlora.training.measuring import peak_memory
 from graphlora.training.recipe import Recipe
@@ -71,12 +78,14 @@ class RunData:
         validation: Token rows to measure the loss on; `None` without validation.
         items: Multiple-choice items per task, to measure accuracy on.
         prompt_format: `"chat"` where training text went through the chat template, else `"plain"`.
+        prompt_template: What the training prompts have around what differs.
     """
 
     train: Encoded
     validation: Encoded | None
     items: dict[str, list[Example]]
     prompt_format: str
+    prompt_template: str
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -95,6 +104,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
         TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     started = time.perf_counter()
+    if resume and overwrite:
+        raise GraphLoraError("--resume and --overwrite are both given; choose one")
     recipe = located(recipe)
     output = Path(recipe.output_dir)
     if os.environ.get("RANK", "0") == "0":
@@ -116,7 +127,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
     check_space(output, needed_bytes(recipe, num_trained))
     trainer = make_trainer(recipe, model, tokenizer, data, dtype)
     if trainer.is_world_process_zero():
-        if overwrite and not resume:
+        if overwrite:
             remove_run(output)
         write_text(output / RECIPE_FILE, recipe.to_yaml())
         _tell(recipe, data, num_trained, checkpoint, resume)
@@ -125,7 +136,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
     record = RunRecord.create(
         "training",
         asdict(recipe),
-        metrics | {"prompt_format": data.prompt_format, "rows": len(data.train.rows)},
+        metrics
+        | {"prompt_format": data.prompt_format, "prompt_template": data.prompt_template}
+        | {"rows": len(data.train.rows)},
         model=recipe.model,
         seed=recipe.seed,
         device=torch.cuda.get_device_name() if device.type == "cuda" else str(device),
@@ -183,9 +196,10 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         else load_examples(str(recipe.task), "train", limit=recipe.train_limit, **options)
     )
     chat = any(isinstance(item, TextExample) and item.messages is not None for item in examples)
+    form = ("chat" if chat else "plain", prompt_template(examples, recipe.scoring))
     train_rows = encode_all(examples, tokenizer, how)
     if recipe.eval_strategy == "no":
-        return RunData(train_rows, None, {}, "chat" if chat else "plain")
+        return RunData(train_rows, None, {}, *form)
     held_out: dict[str, list[Any]] = {
         name: load_examples(name, "validation", limit=recipe.eval_limit, **options)
         for name in (weights if weights is not None else [str(recipe.task)])
@@ -196,7 +210,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
             f"task {recipe.task} has no validation rows; add some, or set eval_strategy to no"
         )
     items = {name: part for name, part in held_out.items() if part and isinstance(part[0], Example)}
-    return RunData(train_rows, encode_all(everything, tokenizer, how), items, "chat" if chat else "plain")
+    return RunData(train_rows, encode_all(everything, tokenizer, how), items, *form)
 
 
 def make_trainer(
@@ -276,12 +290,14 @@ def _run(trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None) -> di
         stop.restore()
     if stop.received is not None:
         raise TrainingInterrupted(_where_to_go_on(output))
-    return _metrics(trainer, result)
+    return _metrics(
+        trainer, result, first_step=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    )
 
 
-def _metrics(trainer: AdapterTrainer, result: Any) -> dict[str, Any]:
+def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str, Any]:
     state = trainer.state
-    steps = max(1, state.global_step - trainer._initial_global_step)
+    steps = max(1, state.global_step - first_step)
     seconds = max(1e-9, result.metrics["train_runtime"] - trainer.seconds_aside)
     tokens = int(trainer.tokens_seen)
     chosen = trainer.args.load_best_model_at_end and state.best_global_step
