@@ -273,8 +273,8 @@ class GraphRouter(CenteredRouter):
         super().__init__(num_experts, centering)
         self.act, self.conv, self.input_norm = act, conv, input_norm
         self.edge_density = edge_density
-        self.residual = self_term_weight if self_term == "residual" and conv == "gcn" else 0.0
-        self.has_self_weight = conv == "sage" or (conv == "gcn" and self_term == "weight")
+        self.residual = self_term_weight if self_term == "residual" and conv != "sage" else 0.0
+        self.has_self_weight = conv == "sage" or self_term == "weight"
         self.projected = expert_features == "projected"
         self.token_proj = nn.Parameter(torch.empty(width, hidden_size))
         nn.init.xavier_uniform_(self.token_proj, gain=input_gain)

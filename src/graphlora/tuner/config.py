@@ -126,7 +126,7 @@ class GraphLoraConfig(PeftConfig):
     router_self_term_weight: float = 0.5
     router_input_norm: bool = FROM_PRESET
     router_logit_centering: bool = FROM_PRESET
-    router_init_spread: float = 1.5
+    router_init_spread: float = 2.0
     expert_features: Literal["embedding", "projected"] = FROM_PRESET
     edge_density: float = FROM_PRESET
     edge_init: Literal["random", "similarity", "ring", "complete", "none", "learned"] = FROM_PRESET

@@ -140,12 +140,10 @@ class GraphLoraModel(BaseTuner):
         # For inference the graph comes from the adapter's file, which is read after this.
         if twins and not config.inference_mode:
             name, pairs = next(iter(twins.items()))
-            gat = config.router_conv == "gat"
-            remedy = "Other edges remove this." if gat else "router_self_term='residual' removes this."
             warnings.warn(
                 f"{len(twins)} of {len(self._layers(adapter_name))} expert graphs hold twins, experts with the same "
-                f"neighbors, which the router can {'hardly' if gat else 'never'} tell apart; "
-                f"{name}: {_pairs_text(pairs)}. {remedy}",
+                f"neighbors, which the router cannot tell apart; {name}: {_pairs_text(pairs)}. "
+                "router_self_term='residual' removes this.",
                 stacklevel=2,
             )
 
@@ -187,6 +185,7 @@ class GraphLoraModel(BaseTuner):
                 setattr(owner, name, value)
         self._saved_config.clear()
 
+    @torch.compiler.disable
     def _before_forward(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
@@ -209,6 +208,7 @@ class GraphLoraModel(BaseTuner):
                     layer.router(name).begin_update()
         return args, kwargs
 
+    @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
         """Adds the auxiliary loss to the outputs, and to the loss in training."""
         record, self.recorder.record = self.recorder.record, None

@@ -52,8 +52,10 @@ def _sage(nodes: Tensor, first: Tensor, weights: GraphWeights, i: int) -> Tensor
 
 
 def _gat(nodes: Tensor, first: Tensor, weights: GraphWeights, i: int) -> Tensor:
-    """Graph attention, one head: softmax over each closed neighborhood of `leaky_relu(a_s . h_m + a_t . h_n)`."""
-    del first
+    """Graph attention, one head: softmax over each closed neighborhood of `leaky_relu(a_s . h_m + a_t . h_n)`.
+
+    The self terms are those of `_gcn`.
+    """
     assert weights.attention is not None
     projected = nodes @ weights.conv[i].T
     source, target = (projected @ weights.attention[i].T).unbind(dim=-1)
@@ -61,4 +63,7 @@ def _gat(nodes: Tensor, first: Tensor, weights: GraphWeights, i: int) -> Tensor:
     closed = F.pad(weights.adjacency.float(), (0, 1, 0, 1), value=1.0)
     closed = torch.maximum(closed, torch.eye(len(closed), device=closed.device))
     share = (score + closed.log()).softmax(dim=-1)
-    return share @ projected
+    spread = share @ projected
+    if weights.residual:
+        spread = (1 - weights.residual) * spread + weights.residual * (first @ weights.conv[i].T)
+    return spread if weights.self_weight is None else spread + nodes @ weights.self_weight[i].T
