@@ -129,16 +129,17 @@ def twin_experts(adjacency: Tensor) -> list[Edge]:
 def edge_gate_logits(adjacency: Tensor, edge_density: float) -> Tensor:
     """Initial logits of the learned edge gates, `[N (N - 1) / 2]` in the order of `all_pairs`.
 
-    The pairs joined in `adjacency` start at gate 0.75; the others share what is left so that the mean gate is
-    `edge_density` (kept within [0.02, 0.98]).
+    The pairs joined in `adjacency` start at gate 0.75 and the others share what is left, at most 0.5; where that does
+    not make the mean gate `edge_density`, the joined pairs' gate does. All gates stay within [0.02, 0.98].
     """
     num_experts = adjacency.shape[0]
     rows, cols = torch.triu_indices(num_experts, num_experts, offset=1)
     joined = adjacency[rows, cols] > 0
-    total = max(len(joined), 1)
-    num_joined = int(joined.sum())
-    rest = (edge_density * total - 0.75 * num_joined) / max(total - num_joined, 1)
-    gates = torch.where(joined, 0.75, min(max(rest, 0.02), 0.98))
+    num_joined, num_other = int(joined.sum()), int((~joined).sum())
+    sum_of_gates = edge_density * len(joined)
+    other = min(max((sum_of_gates - 0.75 * num_joined) / max(num_other, 1), 0.02), 0.5)
+    own = min(max((sum_of_gates - other * num_other) / max(num_joined, 1), 0.02), 0.98)
+    gates = torch.where(joined, own, other)
     return torch.logit(gates)
 
 
