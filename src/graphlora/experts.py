@@ -27,6 +27,10 @@ class LoraExperts(nn.Module):
         bound = math.sqrt(6 / ((1 + 5) * in_features))
         nn.init.uniform_(self.lora_A, -bound, bound)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """`(lora_A, lora_B)`; a call, so that hooks which keep weights elsewhere (offloading) bring them in."""
+        return self.lora_A, self.lora_B
+
 
 def mixed_lora_delta(x: Tensor, lora_A: Tensor, lora_B: Tensor, mixing: Tensor, scaling: float) -> Tensor:
     """`s sum_e w_e B_e A_e x` of one projection (paper eq. 3, `"linear"` granularity), all experts in two products.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from graphlora.experts import dense_mixing, lora_delta_loop, mixed_lora_delta
@@ -49,19 +48,18 @@ def moe_ffn(
         settings: see `MoeSettings`.
 
     Returns:
-        `[tokens, d]` in the dtype of `x`.
+        `[tokens, d]` in the dtype that the frozen block gives.
     """
     experts = experts.to(x.dtype)
     intermediate_size = experts.up_B.shape[1]
-    with torch.autocast(x.device.type, enabled=False):
-        masks = draw_masks(
-            x, intermediate_size, experts.gate_A is not None, settings.lora_dropout, settings.hidden_dropout
-        )
-        if settings.granularity == "linear":
-            return _linear_granularity(x, ffn, experts, routing, settings, masks)
-        path = expert_ffn_eager if settings.backend == "eager" else expert_ffn_torch
-        weights, index = routing.top_k_weights, routing.top_k_index
-        return path(x, ffn, experts, weights, index, settings.scaling, masks)
+    masks = draw_masks(
+        x, intermediate_size, experts.gate_A is not None, settings.lora_dropout, settings.hidden_dropout
+    )
+    if settings.granularity == "linear":
+        return _linear_granularity(x, ffn, experts, routing, settings, masks)
+    path = expert_ffn_eager if settings.backend == "eager" else expert_ffn_torch
+    weights, index = routing.top_k_weights, routing.top_k_index
+    return path(x, ffn, experts, weights, index, settings.scaling, masks)
 
 
 def _linear_granularity(
@@ -85,5 +83,5 @@ def _linear_granularity(
         gate = gate + delta(masked(x, masks.gate), experts.gate_A, experts.gate_B, mixing, settings.scaling)
         hidden = ffn.act(gate) * up
     hidden = masked(hidden, masks.hidden)
-    out = ffn.project_out(hidden).to(x.dtype)
+    out = ffn.project_out(hidden)
     return out + delta(masked(hidden, masks.down), experts.down_A, experts.down_B, mixing, settings.scaling)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from graphlora.errors import GraphLoraError
 from graphlora.load import all_ranks_load, batch_load, windowed_load
 from graphlora.losses import edge_density_penalty, normal_balance, poisson_distinction
 from graphlora.router import GraphRouter, Routing
@@ -35,9 +36,13 @@ def auxiliary_loss(
 
     Returns:
         Scalar, float32, on the device of the first block: `router_poisson_loss_coef * poisson +
-        router_normal_loss_coef * normal` (+ the penalty of learned edges), each a mean over blocks.
+        router_normal_loss_coef * normal` (+ the penalty of learned edges), each a mean over blocks. Zero where blocks
+        are offloaded, in evaluation.
+
+    Raises:
+        GraphLoraError: in a training forward with offloaded blocks.
     """
-    if not record.entries:
+    if not record.entries or _is_offloaded(record, adapter_name):
         return torch.zeros(())
     device = record.entries[0][1].router_logits.device
     entries = [(layer, routing, _mask_for(layer, routing, masks)) for layer, routing in record.entries]
@@ -62,6 +67,21 @@ def auxiliary_loss(
         penalty = torch.stack([p.to(device) for p in penalties]).mean()
         total = total + config.edge_density_loss_coef * penalty
     return total
+
+
+def _is_offloaded(record: RoutingRecord, adapter_name: str) -> bool:
+    """Whether a block's state lies on another medium (CPU or disk offload) between the calls of the block."""
+    offloaded = [
+        layer.block_name
+        for layer, _ in record.entries
+        if layer.coordination(adapter_name).poisson_rate_bias.is_meta
+    ]
+    if offloaded and record.training:
+        raise GraphLoraError(
+            f"{offloaded[0]} is offloaded, and only runs can be offloaded, not training; "
+            "give a device_map that keeps every adapted block on a device."
+        )
+    return bool(offloaded)
 
 
 def _mask_for(layer: GraphLoraLayer, routing: Routing, masks: dict[str, Tensor | None]) -> Tensor | None:

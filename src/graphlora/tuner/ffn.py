@@ -137,9 +137,9 @@ class FfnParts:
     def _call(self, name: str, x: Tensor) -> Tensor:
         module = getattr(self.block, name)
         weight = getattr(module, "weight", None)
-        # T5 keeps its down projection in float32 beside half-precision layers.
+        # T5 keeps its down projection in float32 beside half-precision layers. Autocast picks the dtype itself.
         if isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            x = x.to(weight.dtype)
+            x = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
         return module(x)
 
     def hidden_dropout(self) -> float:

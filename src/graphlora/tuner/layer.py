@@ -209,6 +209,7 @@ class GraphLoraLayer(TunerLayer):
             return []
         return twin_experts(router.adjacency)
 
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Adapted output of the block, same shape and dtype as the base block's.
 
@@ -222,12 +223,13 @@ class GraphLoraLayer(TunerLayer):
             return self.base_layer(hidden_states, *args, **kwargs)
         config = self.configs[name]
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         backend = resolve_backend(config.backend)
+        # The router sees the token as it comes, before autocast rounds it.
         logits = self.router(name)(x, backend)
         routing = select_experts(logits, config.top_k, config.norm_topk_prob)
         self.recorder.add(self, routing)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         settings = MoeSettings(
             granularity=config.expert_granularity,
             scaling=self.scaling[name],
@@ -240,13 +242,8 @@ class GraphLoraLayer(TunerLayer):
         return out.view(hidden_states.shape)
 
     def _expert_weights(self, name: str) -> ExpertWeights:
-        up, down = self._experts("up_proj", name), self._experts("down_proj", name)
-        gate = self._experts("gate_proj", name) if self.parts.gated else None
-        return ExpertWeights(
-            None if gate is None else gate.lora_A,
-            None if gate is None else gate.lora_B,
-            up.lora_A, up.lora_B, down.lora_A, down.lora_B,
-        )  # fmt: skip
+        gate = self._experts("gate_proj", name)() if self.parts.gated else (None, None)
+        return ExpertWeights(*gate, *self._experts("up_proj", name)(), *self._experts("down_proj", name)())
 
 
 class LoraPair(nn.Module):
@@ -257,6 +254,10 @@ class LoraPair(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, in_features))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """`(lora_A, lora_B)`; a call, so that hooks which keep weights elsewhere (offloading) bring them in."""
+        return self.lora_A, self.lora_B
 
 
 class GraphLoraLinear(TunerLayer):
@@ -291,11 +292,11 @@ class GraphLoraLinear(TunerLayer):
         name = self.active_name(self.graphlora_attention)
         if name is None:
             return result
-        pair = cast(LoraPair, self.graphlora_attention[name])
+        lora_A, lora_B = cast(LoraPair, self.graphlora_attention[name])()
         config = self.configs[name]
         dropped = nn.functional.dropout(x, config.lora_dropout, self.training).to(result.dtype)
-        low = dropped @ pair.lora_A.to(result.dtype).T
-        return result + (self.scaling[name] * low) @ pair.lora_B.to(result.dtype).T
+        low = dropped @ lora_A.to(result.dtype).T
+        return result + (self.scaling[name] * low) @ lora_B.to(result.dtype).T
 
 
 def _from_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:

@@ -33,7 +33,7 @@ def expert_ffn_eager(
     """
     num_experts = experts.up_A.shape[0]
     gate, up = ffn.project_in(x)
-    output = torch.zeros_like(x)
+    output: Tensor | None = None
     for e in range(num_experts):
         token, slot = torch.where(top_k_index == e)
         x_up = masked(x, masks.up)[token]
@@ -51,6 +51,9 @@ def expert_ffn_eager(
         expert_output = (
             ffn.project_out(hidden) + scaling * (dropped @ experts.down_A[e].T) @ experts.down_B[e].T
         )
-        weight = top_k_weights[token, slot].to(x.dtype)
-        output = output.index_add(0, token, weight[:, None] * expert_output.to(x.dtype))
+        weight = top_k_weights[token, slot].to(expert_output.dtype)
+        if output is None:
+            output = expert_output.new_zeros(x.shape)
+        output = output.index_add(0, token, weight[:, None] * expert_output)
+    assert output is not None
     return output

@@ -40,8 +40,12 @@ def expert_ffn_torch(
         gate, up, low_gate, low_up, experts.gate_B, experts.up_B, experts.down_A,
         top_k_weights, top_k_index, masks.hidden, masks.down, scaling, ffn.act,
     )  # fmt: skip
-    out = ffn.project_out(mixed).to(x.dtype)
-    return torch.addmm(out, low_down, experts.down_B.transpose(1, 2).flatten(0, 1))
+    out = ffn.project_out(mixed)
+    down_B = experts.down_B.transpose(1, 2).flatten(0, 1)
+    if out.dtype != low_down.dtype:
+        # A float32 down projection beside half-precision layers (T5): what it gives may not fit half precision.
+        return out + low_down @ down_B
+    return torch.addmm(out, low_down, down_B)
 
 
 class Part(NamedTuple):
