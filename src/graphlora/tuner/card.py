@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from graphlora.tuner.config import GraphLoraConfig
 
 _BEGIN, _END = "<!-- graphlora -->", "<!-- /graphlora -->"
-_TEMPLATE_TITLE = "# Model Card for Model ID"
+_TEMPLATE_TITLE, _VERSIONS = "# Model Card for Model ID", "### Framework versions"
 
 
 def describe_in_model_card(config: GraphLoraConfig, directory: str) -> None:
     """Writes the section about GraphLoRA into `README.md`; does nothing where PEFT wrote none.
 
-    PEFT's empty template is replaced; a card that somebody wrote keeps its text and gets the section at its end.
+    PEFT's empty template is replaced, up to the versions at its end. A card that somebody wrote keeps its text and gets
+    the section at its end; a section that is there is renewed in its place.
     """
     path = Path(directory) / "README.md"
     if not path.is_file():
@@ -25,12 +26,16 @@ def describe_in_model_card(config: GraphLoraConfig, directory: str) -> None:
     card = ModelCard.load(path, ignore_metadata_errors=True)
     data: Any = card.data
     data.tags = sorted({*(data.tags or []), "graphlora", "lora", "mixture-of-experts"})
-    text = card.text
-    if _BEGIN in text:
-        text = text[: text.index(_BEGIN)].rstrip() + "\n" + text[text.index(_END) + len(_END) :].lstrip("\n")
-    if text.lstrip().startswith(_TEMPLATE_TITLE):
-        text = ""
-    card.text = (text.rstrip() + "\n\n" + model_card_section(config)).lstrip("\n")
+    section = model_card_section(config).rstrip("\n")
+    before, begin, rest = card.text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if begin and end:
+        card.text = before + section + after
+    elif card.text.lstrip().startswith(_TEMPLATE_TITLE):
+        _, heading, versions = card.text.partition(_VERSIONS)
+        card.text = f"{section}\n\n{heading}{versions}"
+    else:
+        card.text = f"{card.text.strip()}\n\n{section}\n"
     card.save(path)
 
 
