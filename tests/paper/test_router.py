@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from graphlora import GraphLoraConfig
 from graphlora.graph import adjacency_from_edges, normalized_adjacency, random_edges
 from graphlora.ops.graph_route import GraphWeights, graph_logits_eager, graph_logits_torch
-from graphlora.router import GraphRouter, LinearRouter, build_adjacency, select_experts
+from graphlora.router import GraphRouter, LinearRouter, select_experts
 from graphlora.tuner.model import GraphLoraModel
 
 D, N = 12, 4
@@ -22,7 +22,7 @@ def identity(x):
     return x
 
 
-def make_router(preset="graphlora", edges=((0, 1), (1, 2)), num_experts=N, seed=0, hidden_size=D, **changes):
+def make_router(preset="graphlora", edges=((0, 1), (1, 2)), num_experts=N, seed=0, **changes):
     config = GraphLoraConfig(preset=preset, num_experts=num_experts)
     values = {
         "width": 8,
@@ -42,11 +42,11 @@ def make_router(preset="graphlora", edges=((0, 1), (1, 2)), num_experts=N, seed=
         "spread": config.router_init_spread,
     }
     torch.manual_seed(seed)
-    return GraphRouter(hidden_size, num_experts, **(values | changes))
+    return GraphRouter(D, num_experts, **(values | changes))
 
 
-def tokens(count=9, scale=1.0, hidden_size=D):
-    return scale * torch.randn(count, hidden_size, generator=torch.Generator().manual_seed(7))
+def tokens(count=9, scale=1.0):
+    return scale * torch.randn(count, D, generator=torch.Generator().manual_seed(7))
 
 
 # --- selection ---------------------------------------------------------------------------------------------------
@@ -258,29 +258,3 @@ def test_random_graph_of_a_block_depends_on_graph_seed_and_layer_alone():
     assert not torch.equal(graphs_of_layers(graph_seed=4)[0], first[0])
     shared = graphs_of_layers(graph_seed=3, shared_graph=True)
     assert torch.equal(shared[0], shared[1]) and torch.equal(shared[1], shared[2])
-
-
-@pytest.mark.parametrize("edge_init", ["random", "ring", "complete", "none", "similarity", "learned"])
-@pytest.mark.parametrize("num_experts", [4, 8, 16])
-def test_default_router_tells_experts_apart(edge_init, num_experts):
-    """Averaged over five seeds: hardly any bfloat16 ties at the top-2 boundary, and no expert far above its share."""
-    config, scales, seeds = GraphLoraConfig(), (0.1, 1.0, 10.0), 5
-    ties, largest = torch.zeros(len(scales)), torch.zeros(len(scales))
-    for seed in range(seeds):
-        router = make_router(
-            num_experts=num_experts,
-            seed=seed,
-            hidden_size=256,
-            width=config.router_hidden_size,
-            adjacency=build_adjacency(num_experts, edge_init, config.edge_density, seed),
-            learned_edges=edge_init == "learned",
-        )
-        for i, scale in enumerate(scales):
-            with torch.no_grad():
-                logits = router(tokens(1000, scale, 256))
-            rounded = logits.softmax(-1).bfloat16().sort(dim=-1, descending=True).values
-            ties[i] += (rounded[:, 1] == rounded[:, 2]).float().mean() / seeds
-            selected = select_experts(logits, 2).top_k_index.flatten()
-            largest[i] += selected.bincount(minlength=num_experts).max() / len(selected) / seeds
-    assert ties.max() <= 0.02
-    assert largest.max() <= 3 / num_experts
