@@ -32,10 +32,13 @@ def test_the_base_alone_scores_as_the_adapter_switched_off(
     assert base[str(choices_file)] == both[f"{choices_file} (base)"]
 
 
-def test_generate_one_prompt_streams(command, adapter):
-    done = command("generate", adapter, "--prompt", "What color is the sky?", "--max_new_tokens", 5)
+def test_generate_puts_a_prompt_in_the_form_of_training(command, graphlora, adapter):
+    words = ["generate", adapter, "--max_new_tokens", 5, "--prompt"]
+    done = command(*words, "What color is the coal 3?")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() or done.stdout == "\n"
+    assert "form of training: 'Question: {prompt}\\nAnswer:'" in done.stderr
+    whole = graphlora(*words, "Question: What color is the coal 3?\nAnswer:", "--template", "{prompt}")[1]
+    assert done.stdout == whole
 
 
 def test_generate_answers_a_file_in_order(graphlora, adapter, tmp_path):
@@ -70,7 +73,7 @@ def test_chat_reads_messages_and_ends(command, tiny_model):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "", "--template", "{prompt}"], "the prompt is empty"),
         (["--prompt", "sky " * 40, "--max_new_tokens", 100], "model's window of 128 tokens"),
         (["--prompt", "a", "--device", "warp"], "device 'warp' is not available"),
         (["--prompt", "a", "--dtype", "float8"], "dtype 'float8' is unknown"),

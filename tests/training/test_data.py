@@ -7,7 +7,15 @@ from transformers import AutoModelForCausalLM
 from graphlora.errors import GraphLoraError
 from graphlora.evaluation.encoding import encode_pair
 from graphlora.tasks import Example, TextExample
-from graphlora.training.data import IGNORED, Encoding, encode, encode_all, packing_collator, padding_collator
+from graphlora.training.data import (
+    IGNORED,
+    Encoding,
+    encode,
+    encode_all,
+    packing_collator,
+    padding_collator,
+    prompt_template,
+)
 from graphlora.training.loading import load_tokenizer
 
 
@@ -92,6 +100,25 @@ def test_truncation_by_option(tokenizer):
         encode_all(examples, tokenizer, Encoding(max_length=2, truncation="prompt"))
     with pytest.raises(GraphLoraError, match="no row is left"):
         encode_all(examples, tokenizer, Encoding(max_length=1, truncation="drop"))
+
+
+def test_the_form_of_the_prompts_is_found():
+    def form(*prompts):
+        return prompt_template([item(prompt=prompt) for prompt in prompts], "cloze")
+
+    assert (
+        form("Question: Why is it?\nAnswer:", "Question: Where is it?\nAnswer:")
+        == "Question: {prompt}\nAnswer:"
+    )
+    assert form("It is a?", "It was a?") == "{prompt}"
+    assert (
+        form("Question: Why is it?\nAnswer:", "Question: Why me?\nAnswer:") == "Question: {prompt}\nAnswer:"
+    )
+    assert form("same", "same") == "{prompt}"
+    assert form("alone") == "{prompt}"
+    assert (
+        prompt_template([TextExample("c", messages=()), TextExample("d", messages=())], "cloze") == "{prompt}"
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

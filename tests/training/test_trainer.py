@@ -11,7 +11,8 @@ from graphlora.training import Recipe
 from graphlora.training.adapting import add_adapter
 from graphlora.training.callbacks import LossWatch, routing_summary
 from graphlora.training.loading import load_base_model, load_tokenizer
-from graphlora.training.run import load_data, make_trainer
+from graphlora.training.run import make_trainer
+from graphlora.training.run_data import load_data
 from graphlora.training.trainer import EpochSampler
 
 

@@ -62,6 +62,7 @@ def run(arguments: Namespace) -> None:
     started = time.perf_counter()
     options = {"data_dir": arguments.data_dir, "limit": arguments.limit, "seed": arguments.seed}
     examples = {task: load_examples(task, arguments.split, **options) for task in arguments.task}
+    model: Any
     model, tokenizer, adapter = load_for_use(
         arguments.model, arguments.base_model, arguments.dtype, arguments.device
     )

@@ -34,7 +34,10 @@ def build_parser() -> ArgumentParser:
     prompts.add_argument("--prompt", type=str | None, default=None, help="one prompt")
     prompts.add_argument("--file", type=str | None, default=None, help="prompts: one per line, or JSONL")
     prompts.add_argument(
-        "--template", type=str, default="{prompt}", help="text around each prompt; \\n is a new line"
+        "--template",
+        type=str | None,
+        default=None,
+        help="text around each prompt; \\n is a new line; left out: as in training",
     )
     prompts.add_argument("--system", type=str | None, default=None, help="system message of a chat")
     prompts.add_argument(
@@ -69,14 +72,16 @@ def run(arguments: Namespace) -> None:
     model, tokenizer, adapter = load_for_use(
         arguments.model, arguments.base_model, arguments.dtype, arguments.device
     )
-    chat = _uses_chat(arguments.chat_template, tokenizer, adapter, arguments.model)
+    trained = _training_form(arguments.model) if adapter is not None else {}
+    chat = _uses_chat(arguments.chat_template, tokenizer, trained)
     speaker = Speaker(model, tokenizer, chat, arguments)
+    template = _template(arguments.template, chat, trained)
     if prompts is not None:
-        _answer_file(speaker, prompts, arguments)
+        _answer_file(speaker, prompts, template, arguments)
     elif arguments.prompt is not None:
-        speaker.stream(speaker.text([_user(arguments.prompt, arguments.template)]))
+        speaker.stream(speaker.text([_user(arguments.prompt, template)]))
     else:
-        _chat(speaker, arguments.template)
+        _chat(speaker, template)
 
 
 class Speaker:
@@ -152,7 +157,7 @@ def _check(arguments: Namespace) -> None:
         raise GraphLoraError("--prompt and --file are both given; choose one")
     if arguments.output is not None and arguments.file is None:
         raise GraphLoraError("--output needs --file")
-    if "{prompt}" not in arguments.template:
+    if arguments.template is not None and "{prompt}" not in arguments.template:
         raise GraphLoraError(
             f"--template is {arguments.template!r}; it needs {{prompt}} where the prompt goes"
         )
@@ -195,32 +200,45 @@ def _prompt_of(line: str, where: str) -> str:
     return row["prompt"]
 
 
-def _uses_chat(choice: str, tokenizer: Any, adapter: Any, path: str) -> bool:
+def _uses_chat(choice: str, tokenizer: Any, trained: dict[str, Any]) -> bool:
     """Whether prompts go through the chat template: by choice, else as the adapter was trained."""
     has_template = tokenizer.chat_template is not None
     if choice != "auto":
         if choice == "on" and not has_template:
             raise GraphLoraError("the model has no chat template; leave --chat_template out")
         return choice == "on"
+    return has_template and trained.get("prompt_format") != "plain"
+
+
+def _training_form(path: str) -> dict[str, Any]:
+    """What the record beside the adapter says about the form of its training text."""
     from graphlora.records import RunRecord
     from graphlora.training.checkpoints import RECORD_FILE
 
     record = Path(path) / RECORD_FILE
-    if adapter is not None and record.is_file():
-        return has_template and RunRecord.read(record).metrics.get("prompt_format") != "plain"
-    return has_template
+    return RunRecord.read(record).metrics if record.is_file() else {}
+
+
+def _template(given: str | None, chat: bool, trained: dict[str, Any]) -> str:
+    """Text around each prompt: as given, else as in training, which is told."""
+    if given is not None:
+        return given.replace("\\n", "\n")
+    template = "{prompt}" if chat else str(trained.get("prompt_template", "{prompt}"))
+    if template != "{prompt}":
+        sys.stderr.write(f"prompts get the form of training: {template!r} (--template changes it)\n")
+    return template
 
 
 def _user(prompt: str, template: str) -> dict[str, str]:
-    return {"role": "user", "content": template.replace("\\n", "\n").replace("{prompt}", prompt)}
+    return {"role": "user", "content": template.replace("{prompt}", prompt)}
 
 
-def _answer_file(speaker: Speaker, prompts: list[str], arguments: Namespace) -> None:
+def _answer_file(speaker: Speaker, prompts: list[str], template: str, arguments: Namespace) -> None:
     from tqdm import tqdm
 
     from graphlora.records import write_text
 
-    texts = [speaker.text([_user(prompt, arguments.template)]) for prompt in prompts]
+    texts = [speaker.text([_user(prompt, template)]) for prompt in prompts]
     lines = []
     for start in tqdm(range(0, len(texts), arguments.batch_size), desc="answering", unit="batch"):
         batch = slice(start, start + arguments.batch_size)

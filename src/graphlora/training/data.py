@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
@@ -124,6 +124,26 @@ def encode_all(
     return encoded
 
 
+def prompt_template(examples: Sequence[Example | TextExample], scoring: str) -> str:
+    r"""What all prompts share, around `{prompt}`: `"Question: {prompt}\nAnswer:"`.
+
+    A shared beginning counts up to its last colon or line end, a shared end from its first line end on, so that
+    words which the prompts happen to have in common stay out. Chats give `"{prompt}"`.
+    """
+    prompts = [
+        _prompt_and_answer(item, scoring)[0]
+        for item in examples
+        if not (isinstance(item, TextExample) and item.messages is not None)
+    ]
+    if len(prompts) < 2 or len(prompts) < len(examples):
+        return "{prompt}"
+    start = _shared_start(prompts)
+    start = start[: max(start.rfind(": ") + 2 if ": " in start else 0, start.rfind("\n") + 1)]
+    end = _shared_start([prompt[len(start) :][::-1] for prompt in prompts])[::-1]
+    end = end[end.find("\n") :] if "\n" in end else ""
+    return f"{start}{{prompt}}{end}"
+
+
 def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Collator that pads a batch on the right: ids [rows, tokens], labels padded with -100."""
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True)
@@ -135,6 +155,12 @@ def packing_collator() -> DataCollatorWithFlattening:
     Attention stays within each sequence because transformers reads the sequence borders from `position_ids`.
     """
     return DataCollatorWithFlattening()
+
+
+def _shared_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    length = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:length]
 
 
 def _prompt_and_answer(example: Example | TextExample, scoring: str) -> tuple[str, str]:
@@ -166,19 +192,20 @@ def _chat(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Text of a chat and the character spans to learn: the assistant's turns, or everything."""
     messages = list(example.messages or ())
+    render: Any = tokenizer.apply_chat_template
     if tokenizer.chat_template is None:
         raise GraphLoraError(
             f"row {example.id!r} is a chat and the model has no chat template; use prompt and completion"
         )
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = render(messages, tokenize=False)
     if train_on == "all":
         return text, [(0, len(text))]
     spans = []
     for turn, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        before = render(messages[:turn], tokenize=False, add_generation_prompt=True)
+        after = render(messages[: turn + 1], tokenize=False)
         if not (after.startswith(before) and text.startswith(after)):
             raise GraphLoraError(
                 f"row {example.id!r}: the chat template rewrites earlier turns, so answers cannot be told "

@@ -102,9 +102,9 @@ def load_base_model(
         kwargs["attn_implementation"] = attn_implementation
     if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _from_hub(name, lambda: AutoModelForCausalLM.from_pretrained(**kwargs))
+    model: Any = _from_hub(name, lambda: AutoModelForCausalLM.from_pretrained(**kwargs))
     if "gguf_file" in kwargs:
-        model = _plain(model).to(dtype)
+        model = model.to(dtype=dtype)
     return model.to(device) if device is not None else model
 
 
@@ -209,10 +209,3 @@ def _from_hub(name: str, load: Callable[[], T]) -> T:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without the mark of a quantizer: its weights are dense after unpacking."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        model = model.dequantize() if hasattr(model, "quantization_method") else model
-    return model

@@ -17,7 +17,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord, data_hash, write_text
-from graphlora.tasks import Example, TextExample, load_examples, load_mixture
 from graphlora.training.adapting import add_adapter
 from graphlora.training.arguments import needed_bytes, training_arguments
 from graphlora.training.callbacks import Progress, StopOnSignal
@@ -31,18 +30,13 @@ from graphlora.training.checkpoints import (
     remove_run,
     writing,
 )
-from graphlora.training.data import (
-    Encoded,
-    Encoding,
-    encode_all,
-    packing_collator,
-    padding_collator,
-    prompt_template,
-)
-from graphlora.training.loading import load_base_model, load_tokenizer, pick_device, pick_dtype, resolve_path
+from graphlora.training.data import packing_collator, padding_collator
+from graphlora.training.loading import load_base_model, load_tokenizer, pick_device, pick_dtype
 from graphlora.training.measuring import peak_memory
 from graphlora.training.recipe import Recipe
+from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
+from graphlora.training.run_data import RunData, default_metric, load_data
 from graphlora.training.trainer import AdapterTrainer
 
 
@@ -67,25 +61,6 @@ class TrainResult:
     record: RunRecord
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-
-
-@dataclass
-class RunData:
-    """Rows and items of a run.
-
-    Attributes:
-        train: Token rows to train on.
-        validation: Token rows to measure the loss on; `None` without validation.
-        items: Multiple-choice items per task, to measure accuracy on.
-        prompt_format: `"chat"` where training text went through the chat template, else `"plain"`.
-        prompt_template: What the training prompts have around what differs.
-    """
-
-    train: Encoded
-    validation: Encoded | None
-    items: dict[str, list[Example]]
-    prompt_format: str
-    prompt_template: str
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -120,7 +95,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
     base = load_base_model(recipe.model, dtype, attn_implementation=recipe.attn_implementation)
     recipe = completed(recipe, base.config, dtype)
     data = load_data(recipe, tokenizer)
-    recipe = recipe.changed(metric_for_best_model=recipe.metric_for_best_model or _metric(recipe, data))
+    recipe = recipe.changed(
+        metric_for_best_model=recipe.metric_for_best_model or default_metric(recipe, data)
+    )
     set_seed(recipe.seed)
     model = add_adapter(base, recipe)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -151,66 +128,6 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
         save(model, output)
         record.write(output / RECORD_FILE)
     return TrainResult(output, metrics, record, model, tokenizer)
-
-
-def located(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths, so that it can be run again from anywhere."""
-    tasks = recipe.task
-    return recipe.changed(
-        model=resolve_path(recipe.model),
-        data_dir=None if recipe.data_dir is None else resolve_path(recipe.data_dir),
-        output_dir=str(Path(recipe.output_dir).expanduser().resolve()),
-        task=_located_task(tasks)
-        if isinstance(tasks, str)
-        else {_located_task(name): weight for name, weight in tasks.items()},
-    )
-
-
-def completed(recipe: Recipe, config: Any, dtype: torch.dtype) -> Recipe:
-    """The recipe with the values that depend on the model and the machine.
-
-    Raises:
-        GraphLoraError: `max_length` beyond the model's window.
-    """
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = recipe.max_length
-    if length is not None and window is not None and length > window:
-        raise GraphLoraError(f"max_length is {length} and the model's window is {window} tokens; lower it")
-    return recipe.changed(
-        max_length=length if length is not None else window, dtype=str(dtype).removeprefix("torch.")
-    )
-
-
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
-    """Rows to train on, rows and items to validate on.
-
-    Raises:
-        GraphLoraError: Data that is missing, broken or too long.
-    """
-    how = Encoding(recipe.scoring, recipe.train_on, recipe.append_eos, recipe.max_length, recipe.truncation)
-    options = {"data_dir": recipe.data_dir, "seed": recipe.seed}
-    weights = recipe.task if isinstance(recipe.task, dict) else None
-    examples: list[Any] = (
-        load_mixture(weights, "train", limit=recipe.train_limit, **options)
-        if weights is not None
-        else load_examples(str(recipe.task), "train", limit=recipe.train_limit, **options)
-    )
-    chat = any(isinstance(item, TextExample) and item.messages is not None for item in examples)
-    form = ("chat" if chat else "plain", prompt_template(examples, recipe.scoring))
-    train_rows = encode_all(examples, tokenizer, how)
-    if recipe.eval_strategy == "no":
-        return RunData(train_rows, None, {}, *form)
-    held_out: dict[str, list[Any]] = {
-        name: load_examples(name, "validation", limit=recipe.eval_limit, **options)
-        for name in (weights if weights is not None else [str(recipe.task)])
-    }
-    everything = [item for part in held_out.values() for item in part]
-    if not everything:
-        raise GraphLoraError(
-            f"task {recipe.task} has no validation rows; add some, or set eval_strategy to no"
-        )
-    items = {name: part for name, part in held_out.items() if part and isinstance(part[0], Example)}
-    return RunData(train_rows, encode_all(everything, tokenizer, how), items, *form)
 
 
 def make_trainer(
@@ -259,7 +176,7 @@ def save(model: PeftModel, output: Path) -> None:
     staging = output / STAGING
     with writing(output, "the checkpoints are kept"):
         try:
-            model.save_pretrained(staging)
+            model.save_pretrained(str(staging))
             for path in sorted(staging.iterdir()):
                 path.replace(output / path.name)
         finally:
@@ -338,19 +255,10 @@ def _where_to_go_on(output: Path) -> str:
 def _any_process(trainer: AdapterTrainer) -> Any:
     def agree(mine: bool) -> bool:
         flag = torch.tensor([int(mine)], device=trainer.args.device)
-        return bool(trainer.accelerator.gather(flag).sum())
+        gathered: Any = trainer.accelerator.gather(flag)
+        return bool(gathered.sum())
 
     return agree
-
-
-def _metric(recipe: Recipe, data: RunData) -> str | None:
-    if not data.items:
-        return "loss"
-    return "acc_norm" if recipe.scoring == "cloze" else "acc"
-
-
-def _located_task(task: str) -> str:
-    return resolve_path(task) if "." in Path(task).name or "/" in task else task
 
 
 def _tell(recipe: Recipe, data: RunData, num_trained: int, checkpoint: Path | None, resume: bool) -> None:

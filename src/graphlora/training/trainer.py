@@ -124,7 +124,7 @@ class AdapterTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Loss on the validation rows, and accuracy on all validation items."""
         started = time.perf_counter()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         accuracy = self.accuracy()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in accuracy.items()})
         self.seconds_aside += time.perf_counter() - started
@@ -163,9 +163,9 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Optimizer by `optim`; with LoRA+ the `lora_B` have a learning rate of their own."""
         if self.optimizer is None and self.loraplus_lr_ratio is not None:
-            model = self.model if model is None else model
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(self._loraplus_groups(model), **options)
+            trained: Any = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = kind(self._loraplus_groups(trained), **options)
         return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -193,7 +193,7 @@ class AdapterTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         by_length = self.args.train_sampling_strategy == "group_by_length"
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -254,11 +254,12 @@ class AdapterTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
-        schedule = getattr(self.lr_scheduler, "lr_lambdas", None)
-        if schedule is not None and rates != list(self.lr_scheduler.base_lrs):
-            self.lr_scheduler.base_lrs = rates
-            step = self.lr_scheduler.last_epoch
+        scheduler: Any = self.lr_scheduler
+        schedule = getattr(scheduler, "lr_lambdas", None)
+        if schedule is not None and rates != list(scheduler.base_lrs):
+            scheduler.base_lrs = rates
+            step = scheduler.last_epoch
             for group, rate, shape in zip(self.optimizer.param_groups, rates, schedule, strict=True):
                 group["initial_lr"], group["lr"] = rate, rate * shape(step)
-            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         return None
