@@ -379,6 +379,40 @@ def test_blocks_offloaded_to_disk_answer_as_before(make_adapted, tokens, tmp_pat
         dispatched.train()(input_ids=tokens, labels=tokens)
 
 
+@pytest.mark.parametrize(
+    "devices",
+    [
+        pytest.param(("cpu", "cpu"), id="cpu"),
+        pytest.param(
+            (0, 1),
+            id="two_gpus",
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+        ),
+    ],
+)
+def test_layers_spread_over_devices(make_adapted, tokens, devices):
+    """A `device_map`: each block's state is where the block is, and the losses meet on the first one's device."""
+    reference = make_adapted().train()
+    expected = reference(input_ids=tokens, labels=tokens)
+    expected.loss.backward()
+    first, last = devices
+    homes = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first}
+    homes |= {"model.layers.1": last, "model.norm": last, "lm_head": last}
+    device_map = {f"base_model.model.{name}": home for name, home in homes.items()}
+    model = dispatch_model(make_adapted(), device_map, main_device=first, force_hooks=True).train()
+    inputs = tokens.to(first)
+    outputs = model(input_ids=inputs, labels=inputs)
+    outputs.loss.backward()
+    torch.testing.assert_close(outputs.loss.cpu(), expected.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs.aux_loss.cpu(), expected.aux_loss, rtol=1e-4, atol=1e-5)
+    for name, grad in grads(reference).items():
+        torch.testing.assert_close(grads(model)[name].cpu(), grad, rtol=1e-3, atol=1e-4, msg=name)
+    found, stats = model.base_model.routing_stats(), reference.base_model.routing_stats()
+    assert found["model.layers.1.mlp"]["expert_load"] == pytest.approx(
+        stats["model.layers.1.mlp"]["expert_load"]
+    )
+
+
 def test_an_adapter_on_the_meta_device_gets_its_state_when_loaded(make_llama, make_adapted, tokens):
     reference = make_adapted()
     config = copy.deepcopy(reference.peft_config["default"])
@@ -388,9 +422,10 @@ def test_an_adapter_on_the_meta_device_gets_its_state_when_loaded(make_llama, ma
     torch.testing.assert_close(logits(empty.eval(), tokens), logits(reference, tokens), rtol=1e-6, atol=1e-6)
 
 
-def test_traced_model_runs(make_adapted, tokens):
+def test_traced_model_runs(make_llama, make_config, fill_adapter, tokens):
     """`torch.compile` with the tracer alone, which needs no C++ compiler."""
-    model = make_adapted()
+    model = peft.get_peft_model(make_llama(num_hidden_layers=1), make_config()).eval()
+    fill_adapter(model)
     expected = logits(model, tokens)
     torch.testing.assert_close(logits(torch.compile(model, backend="eager"), tokens), expected)
 
