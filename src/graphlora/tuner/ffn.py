@@ -199,6 +199,10 @@ def take_apart(block: nn.Module, name: str, ffn_modules: dict[str, str] | None =
             f"{name} ({type(block).__name__}) is not a known FFN block; its children are: {children}. "
             f"{_what_was_looked_for()}"
         )
+    if len([p for p in inspect.signature(block.forward).parameters.values() if p.default is p.empty]) != 1:
+        raise GraphLoraError(
+            f"{name} ({type(block).__name__}) takes more than the hidden states; it is not supported."
+        )
     act_names = ((ffn_modules or {}).get("act_fn"), *_ACT_NAMES)
     act = next((getattr(block, n) for n in act_names if n and callable(getattr(block, n, None))), None)
     if act is None:
@@ -208,12 +212,7 @@ def take_apart(block: nn.Module, name: str, ffn_modules: dict[str, str] | None =
         )
     in_features, wide = features(getattr(block, pattern.projections()[0]))
     intermediate_size = wide // 2 if pattern.gate_up_proj else wide
-    parts = FfnParts(block, pattern, DifferentiableAct(act), in_features, intermediate_size)
-    if len([p for p in inspect.signature(block.forward).parameters.values() if p.default is p.empty]) != 1:
-        raise GraphLoraError(
-            f"{name} ({type(block).__name__}) takes more than the hidden states; it is not supported."
-        )
-    return parts
+    return FfnParts(block, pattern, DifferentiableAct(act), in_features, intermediate_size)
 
 
 def _check_ffn_modules(ffn_modules: dict[str, str]) -> None:
