@@ -3,10 +3,17 @@
 import itertools
 
 import torch
+from datasets import Dataset
 from tiny_llama import VOCAB, gradients, make_batch, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 STEPS, LEARNING_RATE = 2, 0.05
 
@@ -81,6 +88,53 @@ def arguments(folder, **overrides) -> dict:
         "seed": 0,
     }
     return {**options, **overrides}
+
+
+COLLATORS = {"padding": pad, "packing": DataCollatorWithFlattening()}
+
+
+def run_trainer(folder, lengths, accumulation=1, collator="padding", config=None, **options):
+    """Gradients by step, micro-batches and the model after training rows of these lengths; 8 rows per step."""
+    spy, recorder = Spy(COLLATORS[collator]), Gradients()
+    options = {
+        "per_device_train_batch_size": 8 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        **options,
+    }
+    model = make_model(**(config or {}))
+    trainer = Trainer(
+        model,
+        TrainingArguments(**arguments(folder, **options)),
+        data_collator=spy,
+        train_dataset=make_rows(lengths),
+        callbacks=[recorder],
+    )
+    trainer.train()
+    return recorder.steps, spy.batches, model
+
+
+def run_sft(folder, lengths, accumulation=1, config=None, **options):
+    """Gradients by step, micro-batches and the trainer, likewise, under TRL's SFTTrainer."""
+    from trl import SFTConfig, SFTTrainer
+
+    recorder = Gradients()
+    options = {
+        "per_device_train_batch_size": 8 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        **options,
+    }
+    trainer = SFTTrainer(
+        make_model(**(config or {})),
+        SFTConfig(**arguments(folder, **options)),
+        train_dataset=Dataset.from_list(make_rows(lengths)),
+        processing_class=make_tokenizer(),
+        callbacks=[recorder],
+    )
+    spy = trainer.data_collator = Spy(trainer.data_collator)
+    trainer.train()
+    return recorder.steps, spy.batches, trainer
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -3,36 +3,16 @@
 import pytest
 import torch
 from tiny_llama import adapter_state, assert_same, largest_gap, layers, make_model
-from tiny_trainers import LEARNING_RATE, Gradients, Spy, arguments, by_hand, make_rows, pad, router_part
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from tiny_trainers import arguments, by_hand, make_rows, pad, router_part, run_trainer
+from transformers import Trainer, TrainingArguments
 
 EQUAL, UNEQUAL = [6] * 16, [6, 3, 9, 4, 7, 2, 5, 8, 3, 3, 6, 9, 4, 5, 8, 7]
-COLLATORS = {"padding": pad, "packing": DataCollatorWithFlattening()}
-
-
-def train(folder, lengths, accumulation, collator="padding", config=None, **options):
-    spy, recorder = Spy(COLLATORS[collator]), Gradients()
-    options = {
-        "per_device_train_batch_size": 8 // accumulation,
-        "gradient_accumulation_steps": accumulation,
-        **options,
-    }
-    model = make_model(**(config or {}))
-    trainer = Trainer(
-        model,
-        TrainingArguments(**arguments(folder, **options)),
-        data_collator=spy,
-        train_dataset=make_rows(lengths),
-        callbacks=[recorder],
-    )
-    trainer.train()
-    return recorder.steps, spy.batches, model
 
 
 @pytest.mark.parametrize("collator", ["padding", "packing"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_gradients_are_those_of_the_loss_written_out(tmp_path, accumulation, collator):
-    steps, batches, _ = train(tmp_path, UNEQUAL, accumulation, collator)
+    steps, batches, _ = run_trainer(tmp_path, UNEQUAL, accumulation, collator)
     assert ("attention_mask" in batches[0]) == (collator == "padding")
     expected = by_hand(batches, accumulation, "labels")
     assert len(steps) == len(expected) == 2
@@ -45,7 +25,7 @@ def test_gradients_are_those_of_the_loss_written_out(tmp_path, accumulation, col
 
 
 def test_a_doubled_or_missing_auxiliary_loss_would_be_seen(tmp_path):
-    steps, batches, _ = train(tmp_path, UNEQUAL, 4)
+    steps, batches, _ = run_trainer(tmp_path, UNEQUAL, 4)
     for factor in (0.0, 2.0):
         wrong = by_hand(
             batches, 4, "labels", router_poisson_loss_coef=0.3 * factor, router_normal_loss_coef=0.7 * factor
@@ -57,7 +37,7 @@ def test_a_doubled_or_missing_auxiliary_loss_would_be_seen(tmp_path):
 @pytest.mark.parametrize("packing", ["padding", "packing"])
 def test_poisson_part_is_the_same_for_accumulation_1_and_4(tmp_path, packing):
     config = {"router_normal_loss_coef": 0.0}
-    once, four = (train(tmp_path, EQUAL, n, packing, config)[0] for n in (1, 4))
+    once, four = (run_trainer(tmp_path, EQUAL, n, packing, config)[0] for n in (1, 4))
     for ours, theirs in zip(once, four, strict=True):
         assert_same(ours, theirs, 1e-5)
 
@@ -67,7 +47,7 @@ def test_normal_part_keeps_its_coefficient(tmp_path):
     gaps = {}
     for window in ("ema", "cumulative", "batch"):
         config = {"router_poisson_loss_coef": 0.0, "load_window": window}
-        once, four = (router_part(train(tmp_path, EQUAL, n, config=config)[0][0]) for n in (1, 4))
+        once, four = (router_part(run_trainer(tmp_path, EQUAL, n, config=config)[0][0]) for n in (1, 4))
         norms = [torch.cat([g.flatten() for g in grads.values()]).norm() for grads in (once, four)]
         assert 0.4 < norms[1] / norms[0] < 2.5
         gaps[window] = largest_gap(once, four)
@@ -87,7 +67,7 @@ def test_a_plain_loop_needs_nothing_but_the_loss():
 def test_checkpoint_and_resume_go_on_exactly(tmp_path):
     """Weights, loads, graph and centering, bit for bit."""
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
-    _, _, whole = train(tmp_path / "whole", UNEQUAL, 2, **options)
+    _, _, whole = run_trainer(tmp_path / "whole", UNEQUAL, 2, **options)
     model = make_model(seed=5, base=make_model().unload())
     trainer = Trainer(
         model,
@@ -118,4 +98,3 @@ def test_evaluation_reports_the_language_model_loss(tmp_path):
         expected = model.eval()(**pad(make_rows(EQUAL[:8]))).loss
     assert reported == pytest.approx(expected.item(), rel=1e-5)
     assert_same(before, adapter_state(model), 0.0)
-    assert LEARNING_RATE > 0

@@ -2,35 +2,12 @@
 
 import pytest
 from datasets import Dataset
-from tiny_llama import adapter_config, assert_same, loads, make_base, make_model
-from tiny_trainers import Gradients, Spy, arguments, by_hand, make_rows, make_tokenizer, router_part
+from tiny_llama import adapter_config, assert_same, loads, make_base
+from tiny_trainers import arguments, by_hand, make_rows, make_tokenizer, router_part, run_sft
 from trl import SFTConfig, SFTTrainer
 
 UNEQUAL = [6, 3, 9, 4, 7, 2, 5, 8, 3, 3, 6, 9, 4, 5, 8, 7]
 EQUAL = [6] * 16
-
-
-def train(folder, lengths=UNEQUAL, accumulation=1, config=None, **options):
-    recorder = Gradients()
-    options = {
-        "per_device_train_batch_size": 8 // accumulation,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "dataset_num_proc": None,
-        **options,
-    }
-    model = make_model(**(config or {}))
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(**arguments(folder, **options)),
-        train_dataset=Dataset.from_list(make_rows(lengths)),
-        processing_class=make_tokenizer(),
-        callbacks=[recorder],
-    )
-    spy = trainer.data_collator = Spy(trainer.data_collator)
-    trainer.train()
-    return recorder.steps, spy.batches, trainer
 
 
 def logged(trainer):
@@ -54,7 +31,7 @@ def test_gradients_are_those_of_the_loss_written_out(tmp_path, accumulation, for
     }[form]
     if form == "packing":
         options["per_device_train_batch_size"] = 4 // accumulation
-    steps, batches, trainer = train(tmp_path, UNEQUAL, accumulation, **options)
+    steps, batches, trainer = run_sft(tmp_path, UNEQUAL, accumulation, **options)
     assert ("attention_mask" in batches[0]) == (form == "padding")
     expected = by_hand(first_labels_off(batches), accumulation, "steps")
     assert len(steps) == len(expected) == 2
@@ -66,13 +43,13 @@ def test_gradients_are_those_of_the_loss_written_out(tmp_path, accumulation, for
 
 def test_poisson_part_is_the_same_for_accumulation_1_and_4(tmp_path):
     config = {"router_normal_loss_coef": 0.0}
-    once, four = (train(tmp_path, EQUAL, n, config)[0] for n in (1, 4))
+    once, four = (run_sft(tmp_path, EQUAL, n, config)[0] for n in (1, 4))
     for ours, theirs in zip(once, four, strict=True):
         assert_same(ours, theirs, 1e-5)
 
 
 def test_coefficient_zero_switches_it_off(tmp_path):
-    steps, batches, trainer = train(tmp_path, router_aux_loss_coef=0.0)
+    steps, batches, trainer = run_sft(tmp_path, UNEQUAL, router_aux_loss_coef=0.0)
     without = {"router_poisson_loss_coef": 0.0, "router_normal_loss_coef": 0.0}
     expected = by_hand(first_labels_off(batches), 1, "steps", **without)
     assert_same(expected[0], steps[0], 1e-5)
@@ -83,14 +60,14 @@ def test_coefficient_zero_switches_it_off(tmp_path):
 
 
 def test_coefficient_two_doubles_it(tmp_path):
-    steps, batches, _ = train(tmp_path, router_aux_loss_coef=2.0)
+    steps, batches, _ = run_sft(tmp_path, UNEQUAL, router_aux_loss_coef=2.0)
     twice = {"router_poisson_loss_coef": 0.6, "router_normal_loss_coef": 1.4}
     assert_same(by_hand(first_labels_off(batches), 1, "steps", **twice)[0], steps[0], 1e-5)
 
 
 def test_checkpointing_changes_nothing(tmp_path):
-    plain, _, _ = train(tmp_path)
-    recomputed, _, _ = train(tmp_path, gradient_checkpointing=True)
+    plain, _, _ = run_sft(tmp_path, UNEQUAL)
+    recomputed, _, _ = run_sft(tmp_path, UNEQUAL, gradient_checkpointing=True)
     for ours, theirs in zip(plain, recomputed, strict=True):
         assert_same(ours, theirs, 1e-6)
 

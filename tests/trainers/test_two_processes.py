@@ -1,0 +1,109 @@
+"""Two processes (gloo): loads and the normal loss see both, the auxiliary loss keeps its weight, state stays equal."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import assert_same, gradients, loads, make_batch, make_model
+from tiny_trainers import by_hand, router_part, run_sft, run_trainer
+from two_ranks import EQUAL, LENGTHS, NORMAL_ONLY, POISSON_ONLY
+
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank saved; one start of two processes serves all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = [sys.executable, str(SUPPORT / "two_ranks.py"), str(folder)]
+    processes = [
+        subprocess.Popen(
+            script,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def both_batches():
+    """The first batches of the two ranks as one."""
+    width = max(map(max, LENGTHS))
+    parts = [make_batch(lengths, width, seed=rank) for rank, lengths in enumerate(LENGTHS)]
+    return {name: torch.cat([part[name] for part in parts]) for name in ("input_ids", "attention_mask")}
+
+
+def test_one_reduction_per_training_forward_and_none_elsewhere(ranks):
+    expected = {"training": 1, "evaluation": 0, "no gradients": 0, "generation": 0}
+    assert [rank["reductions"] for rank in ranks] == [expected, expected]
+
+
+def test_loads_and_normal_loss_are_those_of_the_whole_batch(ranks):
+    """Of ranks with unequal batches; the averaged gradient is the one that a single process computes."""
+    model = make_model(**NORMAL_ONLY)
+    out = model(**both_batches())
+    out.aux_loss.backward()
+    whole = {"aux_loss": out.aux_loss.detach(), "loads": loads(model)}
+    for rank in ranks:
+        assert_same(whole, {name: rank["unequal"][name] for name in whole}, 1e-6)
+        ours = {n: g for n, g in rank["unequal"]["gradients"].items() if g.abs().max() > 0}
+        expected = {n: g for n, g in gradients(model).items() if g.abs().max() > 0}
+        assert len(expected) > 10
+        assert_same(expected, ours, 1e-6)
+
+
+@pytest.mark.parametrize("case", ["unequal", "trainer"])
+def test_every_rank_holds_the_same_state(ranks, case):
+    assert_same(ranks[0][case]["state"], ranks[1][case]["state"], 0.0)
+
+
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_two_processes_equal_one_with_the_same_batch(ranks, kind, tmp_path):
+    """Both losses, over two steps, with equal micro-batches."""
+    one = (run_trainer if kind == "trainer" else run_sft)(tmp_path, EQUAL)[0]
+    for rank in ranks:
+        steps = rank[kind]["steps"] if kind == "trainer" else rank[kind]
+        for ours, theirs in zip(one, steps, strict=True):
+            assert_same(router_part(ours), router_part(theirs), 1e-5)
+            assert_same(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "case"), [("trainer", "accumulated"), ("sft", "sft accumulated")])
+def test_accumulation_on_two_processes_keeps_the_poisson_part(ranks, kind, case, tmp_path):
+    one = (run_trainer if kind == "trainer" else run_sft)(tmp_path, EQUAL, config=POISSON_ONLY)[0]
+    for ours, theirs in zip(one, ranks[0][case], strict=True):
+        assert_same(ours, theirs, 1e-5)
+
+
+def test_unequal_packed_batches_take_their_share_of_the_labels(ranks):
+    steps, own = ranks[0]["packed"]
+    other = ranks[1]["packed"][1]
+    together = [batch for pair in zip(own, other, strict=True) for batch in pair]
+    for ours, theirs in zip(by_hand(together, 2, "labels", **POISSON_ONLY), steps, strict=True):
+        assert_same(ours, theirs, 1e-5)
+
+
+def test_coefficient_zero_trains_on_two_processes(ranks):
+    assert len(ranks[0]["sft off"]) == 2
+    for name, gradient in ranks[0]["sft off"][0].items():
+        if name.endswith(("poisson_rate_bias", "normal_scale_bias")):
+            assert not gradient.any()
