@@ -299,6 +299,31 @@ except ValueError as error:
     assert result.metrics["steps"] == 6
 
 
+def test_two_processes_share_the_work_and_choose_the_same_checkpoint(tiny_recipe, tmp_path):
+    recipe = tiny_recipe | {"method": "graphlora", **GRAPHLORA, "per_device_train_batch_size": 2}
+    (tmp_path / "recipe.yaml").write_text(Recipe.from_dict(recipe).to_yaml())
+    launch = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    words = ["-m", "graphlora.cli", "train", "--config", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained 6 steps") == 1
+    assert "Could not locate the best model" not in done.stderr
+    out = Path(recipe["output_dir"])
+    kept = RunRecord.read(out / "record.json").metrics["kept_step"]
+    assert_equal_runs(out, out / "checkpoints" / f"checkpoint-{kept}")
+    written = {path.name for path in (out / "checkpoints" / "checkpoint-6").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= written
+
+
 def test_training_works_outside_the_main_thread(tiny_recipe):
     results = []
     thread = threading.Thread(target=lambda: results.append(train(Recipe.from_dict(tiny_recipe))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> None:
     from graphlora.training.run import train
 
     result = train(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
-    if not sys.stdout:
+    if os.environ.get("RANK", "0") != "0":
         return
     shown = {key: value for key, value in result.metrics.items() if key.startswith("eval_")}
     values = ", ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in shown.items())

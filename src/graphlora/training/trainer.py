@@ -218,6 +218,8 @@ class AdapterTrainer(Trainer):
         try:
             with writing(final, kept):
                 super()._save_checkpoint(model, trial)
+                if self.state.best_global_step == step:
+                    self.state.best_model_checkpoint = str(final)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     self._finish_checkpoint(self._staging / final.name, final)
@@ -230,9 +232,7 @@ class AdapterTrainer(Trainer):
         self.seconds_aside += time.perf_counter() - started
 
     def _finish_checkpoint(self, staged: Path, final: Path) -> None:
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staged / STATE_FILE))
+        self.state.save_to_json(str(staged / STATE_FILE))
         replace_directory(staged, final)
         rotate_checkpoints(
             str(self.checkpoints), self.keep_checkpoints, self.state.best_model_checkpoint, use_mtime=False
