@@ -242,8 +242,10 @@ class GraphLoraLayer(TunerLayer):
         return out.view(hidden_states.shape)
 
     def _expert_weights(self, name: str) -> ExpertWeights:
-        gate = self._experts("gate_proj", name)() if self.parts.gated else (None, None)
-        return ExpertWeights(*gate, *self._experts("up_proj", name)(), *self._experts("down_proj", name)())
+        gate_A, gate_B = self._experts("gate_proj", name)() if self.parts.gated else (None, None)
+        up_A, up_B = self._experts("up_proj", name)()
+        down_A, down_B = self._experts("down_proj", name)()
+        return ExpertWeights(gate_A, gate_B, up_A, up_B, down_A, down_B)
 
 
 class LoraPair(nn.Module):
