@@ -27,6 +27,7 @@ def language_model_loss(logits, labels=BATCH["labels"]):
     [
         {},
         {"load_window": "cumulative"},
+        {"router_self_term": "residual"},
         {"load_window": "batch", "num_experts": 6, "top_k": 3},
         {"preset": "paper", "edges": [[0, 1], [1, 2]]},
         {"router_type": "linear", "expert_granularity": "linear"},

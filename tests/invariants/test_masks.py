@@ -141,7 +141,7 @@ def test_packed_sequences_equal_padded_ones():
         out = model(**inputs, use_cache=False)  # transformers tells documents apart only without a cache
         out.loss.backward()
         results.append({"loss": out.loss.detach(), "loads": loads(model), **gradients(model)})
-    assert_same(*results, 3e-6)
+    assert_same(*results, 5e-6)
 
 
 def test_inputs_embeds():
@@ -204,7 +204,7 @@ def test_t5_decoder_from_labels_through_the_model():
         out.loss.backward()
         return {"loss": out.loss.detach(), "loads": loads(model), **gradients(model)}
 
-    assert_same(run(6, 4), run(9, 7), 3e-6)
+    assert_same(run(6, 4), run(9, 7), 5e-6)
 
 
 def test_t5_decoder_from_labels():

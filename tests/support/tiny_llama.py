@@ -39,6 +39,7 @@ def adapter_config(**overrides) -> GraphLoraConfig:
         "top_k": 2,
         "router_hidden_size": 8,
         "edge_density": 0.5,
+        "load_window": "ema",
         "router_poisson_loss_coef": POISSON,
         "router_normal_loss_coef": NORMAL,
     }
