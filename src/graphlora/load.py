@@ -30,7 +30,7 @@ def batch_load(weights: Tensor, top_k_index: Tensor, num_experts: int, token_mas
 
 
 def windowed_load(history: Tensor, batch: Tensor, window: LoadWindow, decay: float) -> Tensor:
-    """Activation frequency that the normal balance loss sees; also the next history when detached.
+    """Activation frequency that the normal balance loss sees.
 
     Args:
         history: detached loads of earlier training forwards, `[..., num_experts]`.

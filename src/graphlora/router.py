@@ -17,8 +17,8 @@ from graphlora.ops.graph_route import GraphWeights, graph_logits_eager, graph_lo
 Activation = Callable[[Tensor], Tensor]
 # Tokens of unit RMS that stand for the model's hidden states when a router is first scaled and centered.
 _CALIBRATION_TOKENS = 512
-# Optimizer steps that the running mean of the logits looks back on. A longer memory lags behind a router that Adam moves
-# fast, and lets experts die (docs/deviations.md has the measurement).
+# Optimizer steps that the running mean of the logits looks back on. A longer memory lags behind a router that Adam
+# moves fast, and lets experts die (docs/deviations.md has the measurement).
 _MEAN_HORIZON = 3
 
 

@@ -57,7 +57,9 @@ def auxiliary_loss(
         history = layer.coordination(adapter_name).cumulative_weights
         windowed.append(windowed_load(history.to(device), load, config.load_window, config.load_decay))
         if record.training:
-            history.copy_(windowed[-1].detach())
+            # A batch alone is too noisy to report, so its window remembers as the ema does.
+            kept = "cumulative" if config.load_window == "cumulative" else "ema"
+            history.copy_(windowed_load(history, load.detach(), kept, config.load_decay))
     if config.router_normal_loss_coef:
         total = total + config.router_normal_loss_coef * _normal(
             entries, windowed, adapter_name, config, device

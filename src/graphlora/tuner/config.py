@@ -88,7 +88,7 @@ class GraphLoraConfig(PeftConfig):
         normal_scale_form: sigma trained above N/4 (`"bounded"`), trained freely (`"free"`) or `"fixed"` at N/2.
         normal_target: normal target normalized `"per_layer"` or over `"all_layers"` at once (the released code).
         load_window: which loads the normal loss sees: `"cumulative"`, `"ema"` or `"batch"`.
-        load_decay: decay per training forward of the `"ema"` window.
+        load_decay: decay per training forward of the `"ema"` window, and of the loads that are reported.
         norm_load_weights: count renormalized routing weights in the loads; otherwise the probabilities themselves.
         router_poisson_loss_coef: weight of the Poisson distinction loss.
         router_normal_loss_coef: weight of the normal balance loss.
