@@ -16,6 +16,11 @@ import numpy as np
 from graphlora.errors import GraphLoraError
 
 COLORS = "cividis"
+FLOW_CAPTION = (
+    "Size and number: load over the fair share. Gray: edges of the expert graph. Red: where tokens go next; an\n"
+    "arrow from i to j is routing weight of expert i that expert j of the next FFN block takes over, where it\n"
+    "is above an even spread (a ring: j = i); wider is more."
+)
 INK, EDGE, FLOW = "#222222", "#999999", "#c44e52"
 
 
@@ -100,12 +105,7 @@ def expert_flow_figure(
     axes.set_aspect("equal")
     axes.axis("off")
     axes.set_title(title)
-    caption = (
-        "Size and number: load over the fair share. Gray: edges of the expert graph. Red: where tokens go next; an\n"
-        "arrow from i to j is routing weight of expert i that expert j of the next FFN block takes over, where it\n"
-        "is above an even spread (a ring: j = i); wider is more."
-    )
-    figure.text(0.5, 0.02, caption, ha="center", va="bottom", fontsize=8, color=INK)
+    figure.text(0.5, 0.02, FLOW_CAPTION, ha="center", va="bottom", fontsize=8, color=INK)
     return figure
 
 

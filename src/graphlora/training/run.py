@@ -83,12 +83,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
         raise GraphLoraError("--resume and --overwrite are both given; choose one")
     recipe = located(recipe)
     output = Path(recipe.output_dir)
-    if os.environ.get("RANK", "0") == "0":
-        checkpoint = prepare_output(output, resume=resume, overwrite=overwrite)
-    else:
-        checkpoint = last_checkpoint(output) if resume else None
-    if resume and (output / RECIPE_FILE).is_file():
-        check_same_run(Recipe.from_yaml(output / RECIPE_FILE), recipe)
+    checkpoint = _start(recipe, output, resume, overwrite)
     device = pick_device("cpu" if recipe.training_args.get("use_cpu") else "auto")
     dtype = pick_dtype(recipe.dtype, device)
     tokenizer = load_tokenizer(recipe.model)
@@ -108,26 +103,42 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
             remove_run(output)
         write_text(output / RECIPE_FILE, recipe.to_yaml())
         _tell(recipe, data, num_trained, checkpoint, resume)
-    metrics = _run(trainer, recipe, checkpoint)
-    metrics |= {"num_trained": num_trained, "peak_memory": peak_memory(device)}
-    record = RunRecord.create(
-        "training",
-        asdict(recipe),
-        metrics
-        | {"prompt_format": data.prompt_format, "prompt_template": data.prompt_template}
-        | {"rows": len(data.train.rows)},
-        model=recipe.model,
-        seed=recipe.seed,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        wall_time=time.perf_counter() - started,
-        peak_memory=metrics["peak_memory"],
-        data_hash=data_hash([*data.train.rows, *(data.validation.rows if data.validation else [])]),
-    )
+    metrics = _run(trainer, recipe, checkpoint) | {"num_trained": num_trained}
+    record = _record(recipe, data, metrics, device, time.perf_counter() - started)
     if trainer.is_world_process_zero():
         save(model, output)
         record.write(output / RECORD_FILE)
     return TrainResult(output, metrics, record, model, tokenizer)
+
+
+def _start(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Path | None:
+    """Make the output directory ready; the checkpoint to go on from."""
+    if os.environ.get("RANK", "0") == "0":
+        checkpoint = prepare_output(output, resume=resume, overwrite=overwrite)
+    else:
+        checkpoint = last_checkpoint(output) if resume else None
+    if resume and (output / RECIPE_FILE).is_file():
+        check_same_run(Recipe.from_yaml(output / RECIPE_FILE), recipe)
+    return checkpoint
+
+
+def _record(
+    recipe: Recipe, data: RunData, metrics: dict[str, Any], device: torch.device, wall_time: float
+) -> RunRecord:
+    memory = peak_memory(device)
+    form = {"prompt_format": data.prompt_format, "prompt_template": data.prompt_template}
+    return RunRecord.create(
+        "training",
+        asdict(recipe),
+        metrics | form | {"peak_memory": memory, "rows": len(data.train.rows)},
+        model=recipe.model,
+        seed=recipe.seed,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else str(device),
+        dtype=recipe.dtype,
+        wall_time=wall_time,
+        peak_memory=memory,
+        data_hash=data_hash([*data.train.rows, *(data.validation.rows if data.validation else [])]),
+    )
 
 
 def make_trainer(
