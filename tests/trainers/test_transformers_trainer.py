@@ -43,7 +43,7 @@ def test_poisson_part_is_the_same_for_accumulation_1_and_4(tmp_path, packing):
 
 
 def test_normal_part_keeps_its_coefficient(tmp_path):
-    """It is not linear in the batch; docs/masks.md states what is measured here."""
+    """It is not linear in the batch; docs/masks.md has the measurement."""
     gaps = {}
     for window in ("ema", "cumulative", "batch"):
         config = {"router_poisson_loss_coef": 0.0, "load_window": window}
