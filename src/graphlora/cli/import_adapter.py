@@ -18,15 +18,20 @@ graphlora import authors/qwen2-arc runs/imported --base_model Qwen/Qwen2-7B --gr
 
 def build_parser() -> ArgumentParser:
     """Parser of the command."""
-    parser = make_parser("graphlora import SOURCE OUTPUT --base_model MODEL [options]", DESCRIPTION, EXAMPLE)
+    parser = make_parser("graphlora import SOURCE OUTPUT [options]", DESCRIPTION, EXAMPLE)
     parser.add_argument("source", type=str, help="directory of the authors' checkpoint")
     parser.add_argument("output", type=str, help="directory for the adapter")
-    parser.add_argument("--base_model", type=str, required=True, help="base model that it was trained on")
+    parser.add_argument(
+        "--base_model",
+        type=str | None,
+        default=None,
+        help="base model, if not the one that the checkpoint names",
+    )
     parser.add_argument(
         "--graph",
         type=list[list[int]] | str | None,
         default=None,
-        help="graph that it was trained with: edges, or a .json or .safetensors file",
+        help="graph trained with: edges between experts, or a .json or .safetensors file",
     )
     return parser
 
