@@ -30,21 +30,32 @@ def _register() -> None:
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):
-    """Finds PEFT with the other finders, and registers when its import is complete; then steps aside."""
+    """Finds PEFT with the other finders, and registers when its import is complete; then steps aside.
+
+    Being asked where PEFT is (`importlib.util.find_spec`) does not count as an import.
+    """
+
+    def __init__(self) -> None:
+        self.searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
-        if fullname != "peft":
+        if fullname != "peft" or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_register(module: ModuleType) -> None:
                 load(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = load_and_register  # type: ignore[method-assign]

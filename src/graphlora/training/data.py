@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from graphlora.errors import GraphLoraError
@@ -155,6 +157,33 @@ def packing_collator() -> DataCollatorWithFlattening:
     Attention stays within each sequence because transformers reads the sequence borders from `position_ids`.
     """
     return DataCollatorWithFlattening()
+
+
+def takes_answer_logits(model: nn.Module) -> bool:
+    """Whether a model's forward can compute logits at chosen positions and take labels that are already shifted."""
+    parameters = inspect.signature(type(model).forward).parameters
+    kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return "logits_to_keep" in parameters and kwargs
+
+
+class AnswerLogits:
+    """A collator around another one that asks for logits only where some row has a label to predict.
+
+    The output layer is a fifth of a small model's work, and its float32 logits are most of the memory of a large
+    vocabulary; with the loss on short answers, most positions need neither.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        """The other collator's batch, with `logits_to_keep` [positions] and `shift_labels` [rows, positions]."""
+        batch = dict(self.collate(rows))
+        shifted = batch["labels"][:, 1:]
+        positions = (shifted != IGNORED).any(dim=0).nonzero().flatten()
+        if 0 < len(positions) < 0.75 * shifted.shape[1]:
+            batch |= {"logits_to_keep": positions, "shift_labels": shifted[:, positions].contiguous()}
+        return batch
 
 
 def _shared_start(texts: Sequence[str]) -> str:

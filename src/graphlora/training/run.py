@@ -30,7 +30,7 @@ from graphlora.training.checkpoints import (
     remove_run,
     writing,
 )
-from graphlora.training.data import packing_collator, padding_collator
+from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
 from graphlora.training.loading import load_base_model, load_tokenizer, pick_device, pick_dtype
 from graphlora.training.measuring import peak_memory
 from graphlora.training.recipe import Recipe
@@ -150,13 +150,14 @@ def make_trainer(
         GraphLoraError: Arguments that transformers refuses, or a tracker that is not installed.
     """
     arguments = training_arguments(recipe, dtype)
+    collate = packing_collator() if recipe.packing else padding_collator(tokenizer)
     try:
         trainer = AdapterTrainer(
             model=model,
             args=arguments,
             train_dataset=data.train.rows,
             eval_dataset=data.validation.rows if data.validation else None,
-            data_collator=packing_collator() if recipe.packing else padding_collator(tokenizer),
+            data_collator=AnswerLogits(collate) if takes_answer_logits(model.get_base_model()) else collate,
             tokenizer=tokenizer,
             validation=data.items,
             scoring=recipe.scoring,
