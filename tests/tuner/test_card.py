@@ -1,6 +1,12 @@
 """The model card beside an adapter: says what it is, and keeps what its user wrote."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import transformers.utils.hub as hub
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from graphlora import GraphLoraConfig
 from graphlora.tuner.card import model_card_section
@@ -78,3 +84,32 @@ def test_the_section_follows_the_configuration():
     given = model_card_section(GraphLoraConfig(edges=[[0, 1]], target_modules=r".*\.mlp"))
     assert "1 given edges" in given
     assert r".*\.mlp" in given
+
+
+def test_push_to_hub_uploads_the_card_and_the_adapter(make_adapted, tmp_path, monkeypatch):
+    """Everything but the network is real: the hub's client is replaced by one that keeps what it is given."""
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, repo_id, operations, **kwargs):
+            uploaded.update({op.path_in_repo: Path(op.path_or_fileobj).read_bytes() for op in operations})
+            return SimpleNamespace(commit_url="")
+
+    def load(card, *args, **kwargs):
+        if card == "somebody/quiz":
+            response = httpx.Response(404, request=httpx.Request("GET", "http://hub"))
+            raise RemoteEntryNotFoundError("no card yet", response=response)
+        return from_file(card, *args, **kwargs)
+
+    from_file = ModelCard.load
+    monkeypatch.setattr(hub, "hf_api", Hub)
+    monkeypatch.setattr(ModelCard, "load", load)
+    make_adapted().push_to_hub("somebody/quiz")
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(uploaded)
+    card = uploaded["README.md"].decode()
+    assert "# GraphLoRA adapter" in card
+    assert "library_name: peft" in card
+    assert "More Information Needed" not in card

@@ -7,7 +7,9 @@ and pickle.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+from typing import Any
 
 from packaging.version import Version
 from peft.utils.peft_types import PeftType, register_peft_method
@@ -52,3 +54,26 @@ def register() -> None:
     register_peft_method(
         name=PEFT_NAME.lower(), config_cls=GraphLoraConfig, model_cls=GraphLoraModel, prefix=PREFIX
     )
+    _keep_model_card_on_push()
+
+
+def _keep_model_card_on_push() -> None:
+    """Makes `push_to_hub` of a GraphLoRA adapter upload the card that `save_pretrained` writes.
+
+    transformers puts a fresh card of its own over the saved one just before the upload; other methods are left alone.
+    """
+    from peft import PeftModel
+
+    from graphlora.tuner.card import describe_in_model_card
+
+    upload = PeftModel._upload_modified_files
+
+    @functools.wraps(upload)
+    def upload_with_card(self: PeftModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        config = self.peft_config.get("default", next(iter(self.peft_config.values())))
+        if getattr(config, "peft_type", None) == PEFT_NAME:
+            self.create_or_update_model_card(working_dir)
+            describe_in_model_card(config, working_dir)  # pyright: ignore[reportArgumentType]
+        return upload(self, working_dir, *args, **kwargs)
+
+    PeftModel._upload_modified_files = upload_with_card
