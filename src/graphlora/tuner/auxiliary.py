@@ -53,13 +53,14 @@ def auxiliary_loss(
     if record.training:
         loads = _sum_over_ranks(entries, loads, adapter_name, device)
     windowed = []
+    # A batch alone is too noisy to report, so the batch window remembers as the ema does.
+    kept = "cumulative" if config.load_window == "cumulative" else "ema"
     for (layer, _, _), load in zip(entries, loads, strict=True):
-        history = layer.coordination(adapter_name).cumulative_weights
-        windowed.append(windowed_load(history.to(device), load, config.load_window, config.load_decay))
+        state = layer.coordination(adapter_name).cumulative_weights
+        history = state.to(device)
+        windowed.append(windowed_load(history, load, config.load_window, config.load_decay))
         if record.training:
-            # A batch alone is too noisy to report, so its window remembers as the ema does.
-            kept = "cumulative" if config.load_window == "cumulative" else "ema"
-            history.copy_(windowed_load(history, load.detach(), kept, config.load_decay))
+            state.copy_(windowed_load(history, load.detach(), kept, config.load_decay))
     if config.router_normal_loss_coef:
         total = total + config.router_normal_loss_coef * _normal(
             entries, windowed, adapter_name, config, device
