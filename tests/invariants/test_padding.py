@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llama import assert_same, gradients, loads, make_batch, make_model
+from tiny_llama import adapter_state, assert_same, gradients, loads, make_batch, make_model
 
 LENGTHS = [7, 4, 5]
 
@@ -19,8 +19,10 @@ def run(width: int | None, side: str, **config):
         "loss": out.loss.detach(),
         "aux_loss": out.aux_loss.detach(),
         "loads": loads(model),
+        **{name: value for name, value in adapter_state(model).items() if name.endswith("logit_count")},
     }
-    return values, {"logits": out.logits[real].detach(), **gradients(model)}
+    sums = {name: value for name, value in adapter_state(model).items() if name.endswith("logit_sum")}
+    return values, {"logits": out.logits[real].detach(), **sums, **gradients(model)}
 
 
 @pytest.mark.parametrize(
