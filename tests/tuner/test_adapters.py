@@ -33,7 +33,7 @@ def test_only_the_adapter_trains(make_adapted):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {name for name, _ in model.named_parameters() if "graphlora_" in name}
     assert {name.rpartition("default.")[2] for name in trainable} == {
-        "lora_A", "lora_B", "token_proj", "expert_features", "conv_weight", "out_proj",
+        "lora_A", "lora_B", "token_proj", "expert_features", "conv_weight", "self_weight", "out_proj",
         "poisson_rate_bias", "normal_scale_bias",
     }  # fmt: skip
     count, total = model.get_nb_trainable_parameters()

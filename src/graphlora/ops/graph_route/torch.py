@@ -51,7 +51,9 @@ def _closed_form(
     """Logits `[tokens, N]`; features are node-major, `[nodes, tokens, g]`: aggregation is one matrix product."""
     num_experts, width = experts.shape
     num_layers = conv.shape[0]
-    mixing = (1 - residual) * adjacency + residual * torch.eye(num_experts + 1, device=adjacency.device)
+    mixing = (1 - residual) * adjacency + residual * torch.eye(
+        num_experts + 1, device=adjacency.device, dtype=adjacency.dtype
+    )
     static = (mixing[:, :num_experts] @ experts) @ conv[0].T
     pre = static[:, None] + mixing[:, num_experts, None, None] * (token @ conv[0].T)
     if self_weight is not None:
