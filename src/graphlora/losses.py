@@ -101,6 +101,27 @@ def normal_balance(
     return divergence(target, shares, form, _LOAD_EPS)
 
 
+def switch_balance(router_probs: Tensor, top_k_index: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Load balance loss of the Switch form, `N sum_i F_i P_i`, which MixLoRA and other baselines use.
+
+    F_i is the share of the tokens that select expert i (all top-k choices count), P_i the mean probability of expert i;
+    the softmax is applied once. K where the load is even, up to N where all tokens go to the same experts.
+
+    Args:
+        router_probs: `[tokens, num_experts]`, after the softmax.
+        top_k_index: `[tokens, top_k]`.
+        token_mask: `[tokens]`, true (or 1) where the token counts; None counts all.
+
+    Returns:
+        Scalar, float32; differentiable in `router_probs` through P alone.
+    """
+    probs = router_probs.float()
+    flags = probs.new_ones(len(probs)) if token_mask is None else token_mask.to(probs.dtype)
+    count = flags.sum().clamp_min(1)
+    selected = torch.zeros_like(probs).scatter(1, top_k_index, 1.0)
+    return probs.shape[1] * ((flags @ selected / count) * (flags @ probs / count)).sum()
+
+
 def edge_density_penalty(gates: Tensor, edge_density: float) -> Tensor:
     """Squared distance of the mean learned edge gate from `edge_density`; scalar.
 

@@ -160,3 +160,19 @@ def test_state_that_training_needs_is_saved(tmp_path):
         "normal_scale",
     ):
         assert any(part in name for name in before), part
+
+
+def test_the_switch_form_enters_weighted_and_without_padding():
+    coefficients = {
+        "router_poisson_loss_coef": 0.0,
+        "router_normal_loss_coef": 0.0,
+        "router_aux_loss_coef": 0.01,
+    }
+    model, batch = make_model(router_type="linear", **coefficients), make_batch([6, 3])
+    out = model(**batch)
+    keep = batch["attention_mask"].flatten().bool()
+    expected = []
+    for logits in out.router_logits:
+        probs = logits.softmax(dim=-1)
+        expected.append(switch_balance(probs[keep], probs.topk(2).indices[keep]))
+    torch.testing.assert_close(out.aux_loss, 0.01 * torch.stack(expected).mean())

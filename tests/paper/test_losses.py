@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphlora import GraphLoraConfig
-from graphlora.losses import divergence, normal_balance, normal_target, poisson_distinction, poisson_target
+from graphlora.losses import (
+    divergence,
+    normal_balance,
+    normal_target,
+    poisson_distinction,
+    poisson_target,
+    switch_balance,
+)
 from graphlora.tuner.coordination import Coordination
 
 EPS = 1e-16
@@ -194,3 +201,33 @@ def test_lambda_starts_at_one_and_a_half_and_stays_within_its_bounds(form):
         with torch.no_grad():
             coordination.poisson_rate_bias.fill_(bias)
         assert 1 <= coordination.poisson_rate.item() <= 2
+
+
+# --- the baselines' balance loss ------------------------------------------------------------------------------------
+
+
+def switch(logits, top_k=2, mask=None):
+    probs = logits.softmax(dim=-1)
+    return switch_balance(probs, probs.topk(top_k).indices, mask)
+
+
+def test_switch_balance_is_top_k_where_the_load_is_even():
+    logits = 1e-4 * torch.stack([torch.eye(8)[i] + torch.eye(8)[(i + 1) % 8] for i in range(8)])
+    torch.testing.assert_close(switch(logits), torch.tensor(2.0), rtol=0, atol=1e-3)
+
+
+def test_a_collapsed_router_is_expensive():
+    """Applying the softmax twice, as the released baseline does, would hide the collapse: 3.0 instead of 7.7."""
+    logits = torch.tensor([4.0, 3.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0]).expand(16, 8)
+    assert 7.5 < float(switch(logits)) < 8.0
+    assert float(switch(logits.softmax(dim=-1))) < 3.5
+
+
+def test_switch_balance_ignores_padding_and_moves_probabilities_alone():
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.tensor([True, True, True, True, False, False])
+    value = switch(logits, mask=mask)
+    torch.testing.assert_close(value, switch(logits[:4]))
+    (grad,) = torch.autograd.grad(value, logits)
+    assert grad[:4].abs().sum() > 0
+    assert grad[4:].abs().sum() == 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphlora.errors import GraphLoraError
 from graphlora.load import all_ranks_load, batch_load, windowed_load
-from graphlora.losses import edge_density_penalty, normal_balance, poisson_distinction
+from graphlora.losses import edge_density_penalty, normal_balance, poisson_distinction, switch_balance
 from graphlora.router import GraphRouter, Routing
 from graphlora.tuner.masks import warn_once
 from graphlora.tuner.record import RoutingRecord
@@ -36,8 +36,8 @@ def auxiliary_loss(
 
     Returns:
         Scalar, float32, on the device of the first block: `router_poisson_loss_coef * poisson +
-        router_normal_loss_coef * normal` (+ the penalty of learned edges), each a mean over blocks. Zero where blocks
-        are offloaded, in evaluation.
+        router_normal_loss_coef * normal` (+ the Switch form, + the penalty of learned edges), each a mean over blocks.
+        Zero where blocks are offloaded, in evaluation.
 
     Raises:
         GraphLoraError: in a training forward with offloaded blocks.
@@ -65,6 +65,9 @@ def auxiliary_loss(
         total = total + config.router_normal_loss_coef * _normal(
             entries, windowed, adapter_name, config, device
         )
+    if config.router_aux_loss_coef:
+        switch = [switch_balance(r.router_probs, r.top_k_index, mask).to(device) for _, r, mask in entries]
+        total = total + config.router_aux_loss_coef * torch.stack(switch).mean()
     penalties = [p for p in (_edge_penalty(layer, adapter_name) for layer, _, _ in entries) if p is not None]
     if penalties and config.edge_density_loss_coef:
         penalty = torch.stack([p.to(device) for p in penalties]).mean()

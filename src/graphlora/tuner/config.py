@@ -92,6 +92,7 @@ class GraphLoraConfig(PeftConfig):
         norm_load_weights: count renormalized routing weights in the loads; otherwise the probabilities themselves.
         router_poisson_loss_coef: weight of the Poisson distinction loss.
         router_normal_loss_coef: weight of the normal balance loss.
+        router_aux_loss_coef: weight of the Switch form of load balancing, `N sum F P` (the baselines'; MixLoRA: 0.01).
         edge_density_loss_coef: weight of the penalty that holds learned edges near `edge_density`.
         backend: compute path: `"auto"`, `"eager"` (the expert loop), `"torch"` or `"triton"`.
 
@@ -142,6 +143,7 @@ class GraphLoraConfig(PeftConfig):
     norm_load_weights: bool = FROM_PRESET
     router_poisson_loss_coef: float = FROM_PRESET
     router_normal_loss_coef: float = FROM_PRESET
+    router_aux_loss_coef: float = 0.0
     edge_density_loss_coef: float = 1.0
     backend: Literal["auto", "eager", "torch", "triton"] = "auto"
 
@@ -179,7 +181,12 @@ class GraphLoraConfig(PeftConfig):
         _check_float("router_self_term_weight", self.router_self_term_weight, 0.0, 1.0)
         for name in ("lora_alpha", "router_input_gain", "router_init_spread"):
             _check_float(name, getattr(self, name), 1e-9, 1e9)
-        for name in ("router_poisson_loss_coef", "router_normal_loss_coef", "edge_density_loss_coef"):
+        for name in (
+            "router_poisson_loss_coef",
+            "router_normal_loss_coef",
+            "router_aux_loss_coef",
+            "edge_density_loss_coef",
+        ):
             _check_float(name, getattr(self, name), 0.0, 1e9)
 
     def _check_choices(self) -> None:
