@@ -13,6 +13,8 @@ from tiny_llama import (
     make_model,
 )
 
+from graphlora.losses import switch_balance
+
 BATCH = make_batch([7, 3, 5])
 KEEP = BATCH["attention_mask"].flatten()
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
