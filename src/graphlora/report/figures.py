@@ -15,7 +15,8 @@ import numpy as np
 
 from graphlora.errors import GraphLoraError
 
-COLORS = "cividis"
+# Diverging around the fair share, and safe for color-blind readers.
+COLORS = "PuOr_r"
 FLOW_CAPTION = (
     "Size and number: load over the fair share. Gray: edges of the expert graph. Red: where tokens go next; an\n"
     "arrow from i to j is routing weight of expert i that expert j of the next FFN block takes over, where it\n"
@@ -46,7 +47,7 @@ def expert_load_figure(loads: Mapping[str, Sequence[float]], title: str = "Exper
     for row, values in enumerate(shares):
         table[row, : len(values)] = values
     figure, axes = _new_figure(2.5 + 0.45 * width, 1.8 + 0.24 * len(shares))
-    image = axes.imshow(table, cmap=COLORS, vmin=0, vmax=max(2.0, float(np.nanmax(table))), aspect="auto")
+    image = axes.imshow(table, cmap=COLORS, norm=_around_fair(np.nanmax(table)), aspect="auto")
     axes.set_xticks(range(width), [str(expert) for expert in range(width)])
     axes.set_yticks(range(len(shares)), block_labels(list(loads)))
     axes.set_xlabel("expert")
@@ -91,16 +92,15 @@ def expert_flow_figure(
         s=sizes,
         c=shares,
         cmap=COLORS,
-        vmin=0,
-        vmax=max(2.0, shares.max()),
+        norm=_around_fair(shares.max()),
         edgecolors=INK,
         zorder=3,
     )
     for expert, (x, y) in enumerate(places):
         axes.annotate(
-            f"expert {expert}\n{shares[expert]:.2f}x", (1.32 * x, 1.28 * y), ha="center", va="center"
+            f"expert {expert}\n{shares[expert]:.2f}x", (1.42 * x, 1.28 * y), ha="center", va="center"
         )
-    axes.set_xlim(-1.5, 1.5)
+    axes.set_xlim(-1.65, 1.65)
     axes.set_ylim(-1.5, 1.5)
     axes.set_aspect("equal")
     axes.axis("off")
@@ -160,6 +160,13 @@ def block_labels(names: Sequence[str]) -> list[str]:
     numbers = [[part for part in name.split(".") if part.isdigit()] for name in names]
     short = [parts[-1] if parts else "" for parts in numbers]
     return short if len(set(short)) == len(names) and all(short) else list(names)
+
+
+def _around_fair(largest: float) -> Any:
+    """Color scale with its middle at the fair share, 0 to at least 2."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    return TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, float(largest)))
 
 
 def _fair_shares(name: str, load: Sequence[float]) -> list[float]:
