@@ -26,7 +26,7 @@ TRAINING = {
     "task": "quiz",
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "train_sampling_strategy": "group_by_length",
     "append_eos": True,
