@@ -21,7 +21,7 @@ def test_an_untouched_adapter_reproduces_the_real_model(real_model):
         model = get_peft_model(base, GraphLoraConfig(task_type="CAUSAL_LM")).eval()
         out = model(**batch)
         keep = batch["attention_mask"].bool()
-        error = (out.logits - expected)[keep].abs().max() / expected[keep].abs().max()
+        error = (out.logits - expected)[keep].norm() / expected[keep].norm()
         assert error < 1e-6
         assert len(out.router_logits) == 30
         assert torch.equal(model.generate(**batch, **options), said)
