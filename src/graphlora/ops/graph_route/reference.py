@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from graphlora.ops.graph_route.inputs import GraphWeights
 
+Activation = Callable[[Tensor], Tensor]
 
-def graph_logits_eager(token: Tensor, weights: GraphWeights, act: object, conv: str = "gcn") -> Tensor:
+
+def graph_logits_eager(token: Tensor, weights: GraphWeights, act: Activation, conv: str = "gcn") -> Tensor:
     """Router logits of every expert for every token.
 
     `H_0 = [E'; x']`, then `H_l = act(Â H_{l-1} W_l^T)` for the default convolution, `logit_e = p . H_L[e]`.
@@ -17,7 +21,7 @@ def graph_logits_eager(token: Tensor, weights: GraphWeights, act: object, conv: 
     Args:
         token: token features x', `[tokens, g]`, float32.
         weights: see `GraphWeights`.
-        act: the activation, a callable.
+        act: the activation.
         conv: `"gcn"`, `"sage"` or `"gat"`.
 
     Returns:
@@ -28,7 +32,7 @@ def graph_logits_eager(token: Tensor, weights: GraphWeights, act: object, conv: 
     first = nodes
     layer = {"gcn": _gcn, "sage": _sage, "gat": _gat}[conv]
     for i in range(weights.conv.shape[0]):
-        nodes = act(layer(nodes, first, weights, i))  # type: ignore[operator]  # act is a callable
+        nodes = act(layer(nodes, first, weights, i))
     return nodes[:, :num_experts] @ weights.out
 
 
