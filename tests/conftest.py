@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Sums in the same order in every run."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """Directory of SmolLM2-135M-Instruct, for tests marked `real_model`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,7 @@ class Float32State(nn.Module):
         return self
 
 
-class CenteredRouter(Float32State):
+class CenteredRouter(Float32State, ABC):
     """Shared end of every router: logits centered by a running mean per expert.
 
     Without centering one expert's larger bias decides most tokens, whatever they are. The mean that is subtracted
@@ -123,9 +124,9 @@ class CenteredRouter(Float32State):
             self.register_buffer("num_updates", torch.zeros(()))
         self._seen_step: int | None = None
 
+    @abstractmethod
     def raw_logits(self, x: Tensor, backend: str) -> Tensor:
         """Logits before centering, `[tokens, num_experts]`, float32; `x` is `[tokens, d]`."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, backend: str = "torch") -> Tensor:
         """Router logits `[tokens, num_experts]` (float32) of tokens `[tokens, d]`."""
@@ -178,8 +179,9 @@ class CenteredRouter(Float32State):
         self.logit_offset.copy_(logits.mean(dim=0) * scale)
         return scale
 
+    @abstractmethod
     def _scale_output(self, scale: Tensor) -> None:
-        raise NotImplementedError
+        """Multiplies the logits by `scale`, in the weights."""
 
 
 class LinearRouter(CenteredRouter):

@@ -30,7 +30,6 @@ from graphlora.evaluation.multiple_choice import ItemResult, score_examples, sum
 from graphlora.tasks import TextExample
 
 # PEFT still asks for a name that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def plainly(model, tokenizer, context, continuation):

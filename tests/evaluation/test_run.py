@@ -13,7 +13,6 @@ from graphlora.evaluation.run import evaluate
 from graphlora.records import RunRecord
 
 # PEFT still asks for a name that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from graphlora.tuner.import_authors import import_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 NUM_LAYERS, NUM_EXPERTS = 2, 8
 
 

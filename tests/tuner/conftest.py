@@ -1,7 +1,6 @@
 """Tiny random models, batches and adapters that are no longer zero."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import peft
 import pytest
@@ -22,19 +21,6 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """PEFT 0.21 calls activation checkpointing by names that transformers 5.23 has renamed."""
-    mark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(mark)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

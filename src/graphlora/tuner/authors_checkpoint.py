@@ -78,7 +78,7 @@ def read_checkpoint(source_dir: Path) -> AuthorsCheckpoint:
             raise GraphLoraError(
                 f"{source_dir} has no {name}; give the directory that the authors' code wrote."
             )
-    settings = _read_settings(source_dir / CONFIG_FILE)
+    settings = read_json_object(source_dir / CONFIG_FILE, "adapter's configuration")
     layers = _by_layer(_read_tensors(source_dir / WEIGHTS_FILE), source_dir / WEIGHTS_FILE)
     strategy = settings.get("routing_strategy")
     if strategy not in _ROUTER_TYPES:
@@ -91,13 +91,18 @@ def read_checkpoint(source_dir: Path) -> AuthorsCheckpoint:
     return checkpoint
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file; `what` names what it should be in the error.
+
+    Raises:
+        GraphLoraError: a file that cannot be read, is no JSON, or holds something else.
+    """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise GraphLoraError(f"{path} is broken: {error}; restore it from a copy.") from error
     if not isinstance(settings, dict):
-        raise GraphLoraError(f"{path} holds no JSON object; it is no adapter's configuration.")
+        raise GraphLoraError(f"{path} holds no JSON object; it is no {what}.")
     return settings
 
 

@@ -6,7 +6,6 @@ Llama-like models: `model.layers.{l}.mlp` and `model.layers.{l}.self_attn`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graphlora.errors import GraphLoraError
-from graphlora.tuner.authors_checkpoint import PROJECTIONS, AuthorsCheckpoint, read_checkpoint
+from graphlora.tuner.authors_checkpoint import (
+    PROJECTIONS,
+    AuthorsCheckpoint,
+    read_checkpoint,
+    read_json_object,
+)
 from graphlora.tuner.authors_graphs import Edges, given_graphs, rebuilt_graphs
 from graphlora.tuner.config import GraphLoraConfig
 
@@ -112,13 +116,7 @@ def _base_config(name: str | None) -> dict[str, Any] | None:
     path = Path(name or "") / "config.json"
     if not name or not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GraphLoraError(f"{path} is broken: {error}; restore it from a copy.") from error
-    if not isinstance(content, dict):
-        raise GraphLoraError(f"{path} holds no JSON object; it is no model's configuration.")
-    return content
+    return read_json_object(path, "model's configuration")
 
 
 def _check_base(checkpoint: AuthorsCheckpoint, base_config: dict[str, Any], name: str) -> None:

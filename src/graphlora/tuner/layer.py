@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from abc import abstractmethod
 from typing import Any, cast
 
 import torch
@@ -38,9 +39,9 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
 
+    @abstractmethod
     def update_layer(self, adapter_name: str, config: GraphLoraConfig, inference_mode: bool = False) -> None:
         """Adds an adapter to this layer."""
-        raise NotImplementedError
 
     def active_name(self, adapters: nn.ModuleDict) -> str | None:
         """Name of the active adapter that this layer holds, or None where the base layer runs alone."""
