@@ -1,4 +1,7 @@
-"""SmolLM2-135M itself: an untouched adapter changes nothing, and generation is the base model's."""
+"""SmolLM2-135M itself: an untouched adapter changes nothing, and generation is the base model's.
+
+In float64: over 30 layers the roundings of float32 alone add up to about 1e-6 of the logits.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ PROMPTS = ["The capital of France is", "Question: What is the chemical symbol fo
 
 def test_an_untouched_adapter_reproduces_the_real_model(real_model):
     tokenizer = AutoTokenizer.from_pretrained(real_model, padding_side="left")
-    base = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float64).eval()
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     with torch.no_grad():

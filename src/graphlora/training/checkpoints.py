@@ -90,7 +90,9 @@ def is_whole(checkpoint: Path) -> bool:
 
 def check_space(output: Path, num_bytes: int) -> None:
     """Raise `GraphLoraError` where the disk has less room than `num_bytes`."""
-    free = shutil.disk_usage(output).free
+    # Another process may be about to make the directory; its parent is on the same disk.
+    place = next(folder for folder in (output, *output.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise GraphLoraError(
             f"output_dir {output} has {free / 1e6:.0f} MB free, it needs about {num_bytes / 1e6:.0f} MB; "
