@@ -51,7 +51,7 @@ SWAG = {
 def write(folder, task, split, rows):
     (folder / task).mkdir(exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / task / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (folder / task / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def only(tmp_path, task, row, source="test"):
