@@ -164,13 +164,13 @@ def test_a_mixture_of_experts_is_refused(make_config):
 def test_an_activation_is_recognized_by_what_it_computes():
     from transformers.activations import ACT2FN
 
-    from graphlora.ops.expert_ffn.activations import _known_backward
+    from graphlora.ops.expert_ffn.activations import _known_name
 
     known = {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "gelu_fast"}
     for name in known:
-        assert _known_backward(ACT2FN[name]) is not None, name
+        assert _known_name(ACT2FN[name]) is not None, name
     for name in ("quick_gelu", "relu2", "tanh", "mish"):
-        assert _known_backward(ACT2FN[name]) is None, name
+        assert _known_name(ACT2FN[name]) is None, name
 
 
 def test_every_row_of_the_table_names_its_families():

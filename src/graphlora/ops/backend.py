@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
+from functools import cache
 from typing import Literal
 
 from graphlora.errors import GraphLoraError
@@ -10,19 +13,63 @@ Backend = Literal["auto", "eager", "torch", "triton"]
 BACKENDS: tuple[str, ...] = ("auto", "eager", "torch", "triton")
 
 
-def resolve_backend(backend: str) -> str:
+def resolve_backend(backend: str, device_type: str = "cpu", unsupported: str | None = None) -> str:
     """The path that runs for a configured `backend`.
 
     `"eager"` loops over the experts and reads like the paper; `"torch"` shares the frozen projections between the
-    experts and recomputes what is cheap; `"auto"` picks the fastest one that is there.
+    experts and recomputes what is cheap; `"triton"` does the same in fused kernels; `"auto"` picks the fastest that is
+    there: the kernels on a CUDA device, else `"torch"`.
+
+    Args:
+        backend: the configured name.
+        device_type: where the tokens are, such as `"cuda"`.
+        unsupported: what the kernels cannot do for this block, as the end of "the Triton kernels do not support ...";
+            None where they can do all.
 
     Raises:
-        GraphLoraError: for an unknown name, or for `"triton"`, whose kernels are not part of this release.
+        GraphLoraError: for an unknown name; for `"triton"` without Triton, on a device it does not run on, or for a
+            block it does not support.
     """
     if backend not in BACKENDS:
         raise GraphLoraError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}.")
+    if backend in {"eager", "torch"}:
+        return backend
+    if backend == "auto" and device_type != "cuda":
+        return "torch"
+    problem = _triton_problem(device_type)
+    if problem is None and unsupported is not None:
+        problem = f"the Triton kernels do not support {unsupported}"
+        if backend == "auto":
+            _warn_once(problem)
+    if problem is None:
+        return "triton"
     if backend == "triton":
-        raise GraphLoraError(
-            "backend='triton': this release has no Triton kernels yet; use backend='auto' (the fused PyTorch path)."
-        )
-    return "torch" if backend == "auto" else backend
+        raise GraphLoraError(f"backend='triton': {problem}; use backend='auto' (the fused PyTorch path).")
+    return "torch"
+
+
+def _triton_problem(device_type: str) -> str | None:
+    """Why Triton's kernels cannot run on this device at all, or None."""
+    if not has_triton():
+        return "Triton is not installed (pip install triton)"
+    if device_type != "cuda" and not interprets_triton():
+        return f"its kernels run on CUDA devices, not on {device_type!r}"
+    return None
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; it comes with PyTorch's CUDA builds."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interprets_triton() -> bool:
+    """Whether Triton runs kernels in its interpreter (`TRITON_INTERPRET=1`), which works on CPU tensors."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"{problem}; using the fused PyTorch path.", stacklevel=3)

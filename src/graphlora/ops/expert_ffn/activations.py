@@ -37,20 +37,26 @@ def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return _aten.threshold_backward(grad, x, 0)
 
 
-_KNOWN: tuple[tuple[Activation, ActivationBackward], ...] = (
-    (F.silu, _silu_backward),
-    (F.gelu, _gelu_backward),
-    (_gelu_tanh, _gelu_tanh_backward),
-    (F.relu, _relu_backward),
-)
+_KNOWN: dict[str, tuple[Activation, ActivationBackward]] = {
+    "silu": (F.silu, _silu_backward),
+    "gelu": (F.gelu, _gelu_backward),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_backward),
+    "relu": (F.relu, _relu_backward),
+}
 
 
 class DifferentiableAct:
-    """An activation together with its backward `(grad, x) -> grad * act'(x)`; called like the activation it wraps."""
+    """An activation together with its backward `(grad, x) -> grad * act'(x)`; called like the activation it wraps.
+
+    Attributes:
+        act: the activation, elementwise.
+        name: `"silu"`, `"gelu"` (exact), `"gelu_tanh"` or `"relu"`; None for any other function.
+    """
 
     def __init__(self, act: Activation) -> None:
         self.act = act
-        self._known = _known_backward(act)
+        self.name = _known_name(act)
+        self._known = None if self.name is None else _KNOWN[self.name][1]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The activation itself, elementwise."""
@@ -65,12 +71,12 @@ class DifferentiableAct:
             return torch.autograd.grad(self.act(leaf), leaf, grad)[0]
 
 
-def _known_backward(act: Activation) -> ActivationBackward | None:
-    """The fused backward of SiLU, GELU, tanh-GELU and ReLU; None for any other activation."""
+def _known_name(act: Activation) -> str | None:
+    """Which of SiLU, GELU, tanh-GELU and ReLU the activation computes; None for any other."""
     probe = torch.tensor(_PROBE)
     with torch.no_grad():
         value = act(probe.clone())
-        for function, backward in _KNOWN:
+        for name, (function, _) in _KNOWN.items():
             if torch.allclose(value, function(probe), atol=1e-6, rtol=0):
-                return backward
+                return name
     return None
