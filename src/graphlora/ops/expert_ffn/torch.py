@@ -85,7 +85,7 @@ def slot_parts(top_k_index: Tensor, num_experts: int, r: int, dtype: torch.dtype
 
 
 def _parts(top_k_index: Tensor, num_experts: int, r: int, dtype: torch.dtype) -> Iterator[Part]:
-    if top_k_index.device.type == "cpu":
+    if top_k_index.device.type == "cpu" and not torch.compiler.is_compiling():
         return grouped_parts(top_k_index, num_experts, r)
     return slot_parts(top_k_index, num_experts, r, dtype)
 

@@ -32,6 +32,12 @@ def graph_logits_torch(token: Tensor, weights: GraphWeights, act: Activation) ->
     Returns:
         `[tokens, N]`.
     """
+    if torch.compiler.is_compiling():
+        # Dynamo does not trace autograd within a backward; the compiler decides by itself what to recompute.
+        return _closed_form(
+            token, weights.experts, weights.conv, weights.self_weight, weights.out,
+            weights.normalized, weights.residual, act,
+        )  # fmt: skip
     return _Recomputed.apply(
         token, weights.experts, weights.conv, weights.self_weight, weights.out,
         weights.normalized, weights.residual, act,
