@@ -43,6 +43,7 @@ def build_parser() -> ArgumentParser:
 def run(arguments: Namespace) -> None:
     """Train and say where the result is."""
     recipe = make_recipe(arguments)
+    from graphlora.training.measuring import memory_text
     from graphlora.training.run import train
 
     result = train(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
@@ -53,6 +54,7 @@ def run(arguments: Namespace) -> None:
     print(f"trained {result.metrics['steps']} steps; kept step {result.metrics['kept_step']}")
     if values:
         print(f"validation: {values}")
+    print(f"peak memory: {memory_text(result.record.peak_memory, result.record.metrics['peak_reserved'])}")
     print(f"adapter: {result.output_dir}")
     print(f"next: graphlora evaluate {result.output_dir} --task {_task_words(recipe)}")
     print(f"      graphlora generate {result.output_dir}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.functional import pad
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from graphlora.errors import GraphLoraError
@@ -173,16 +174,25 @@ class AnswerLogits:
     vocabulary; with the loss on short answers, most positions need neither.
     """
 
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[Any], Any], round_up: Callable[[int], int] | None = None) -> None:
+        """Wrap a collator.
+
+        Args:
+            collate: The other collator.
+            round_up: Number of positions to give for a number of them, so that few numbers occur; the added ones
+                have no label. Left out: as many as there are.
+        """
+        self.collate, self.round_up = collate, round_up
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         """The other collator's batch, with `logits_to_keep` [positions] and `shift_labels` [rows, positions]."""
         batch = dict(self.collate(rows))
         shifted = batch["labels"][:, 1:]
         positions = (shifted != IGNORED).any(dim=0).nonzero().flatten()
-        if 0 < len(positions) < 0.75 * shifted.shape[1]:
-            batch |= {"logits_to_keep": positions, "shift_labels": shifted[:, positions].contiguous()}
+        more = 0 if self.round_up is None else self.round_up(len(positions)) - len(positions)
+        if len(positions) > 0 and len(positions) + more < 0.75 * shifted.shape[1]:
+            labels = pad(shifted[:, positions], (0, more), value=IGNORED)
+            batch |= {"logits_to_keep": pad(positions, (0, more)), "shift_labels": labels}
         return batch
 
 

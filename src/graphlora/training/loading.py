@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,7 +85,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_base_model(
-    name: str, dtype: torch.dtype, device: torch.device | None = None, attn_implementation: str | None = None
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
 ) -> PreTrainedModel:
     """Causal language model from a directory, a hub id, or a directory with one .gguf file.
 
@@ -93,15 +98,19 @@ def load_base_model(
         dtype: Dtype of the weights; those of a .gguf file are unpacked and cast to it.
         device: Where to put it; the CPU when left out.
         attn_implementation: Attention implementation of transformers.
+        load_in_4bit: Keep linear layers in 4 bits (NF4 with double quantization), computing in `dtype`; all else
+            stays in `dtype`.
 
     Raises:
-        GraphLoraError: No such model, no causal language model, or damaged weights.
+        GraphLoraError: No such model, no causal language model, damaged weights, or 4 bits without bitsandbytes.
     """
     kwargs: dict[str, Any] = {**_source(name), "dtype": dtype}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if load_in_4bit:
+        kwargs["quantization_config"] = _four_bits(name, dtype, "gguf_file" in kwargs)
     model: Any = _from_hub(name, lambda: AutoModelForCausalLM.from_pretrained(**kwargs))
     if "gguf_file" in kwargs:
         model = model.to(dtype=dtype)
@@ -192,6 +201,22 @@ def _source(name: str) -> dict[str, Any]:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise GraphLoraError(f"no model at {name}; check the path")
     return {"pretrained_model_name_or_path": name}
+
+
+def _four_bits(name: str, dtype: torch.dtype, is_gguf: bool) -> transformers.BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise GraphLoraError(
+            "load_in_4bit needs bitsandbytes, which is not installed; pip install 'graphlora[quantization]'"
+        )
+    if is_gguf:
+        raise GraphLoraError(f"load_in_4bit cannot quantize {name}, a .gguf file; give the original model")
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
 
 
 def _from_hub(name: str, load: Callable[[], T]) -> T:

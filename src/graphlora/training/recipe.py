@@ -50,6 +50,9 @@ class Recipe:
         "model", "dtype of the frozen base; adapters are float32; auto: bfloat16 where it is fast", "auto"
     )
     attn_implementation: str | None = option("model", "attention of transformers: sdpa, eager, ...", None)
+    load_in_4bit: bool = option(
+        "model", "keep the frozen base in 4 bits (NF4, bitsandbytes): a quarter of the memory, slower", False
+    )
 
     preset: Literal["graphlora", "paper", "released"] | None = option("adapter", "preset of GraphLoRA", None)
     num_experts: int | None = option("adapter", "experts per FFN block", None)
@@ -111,11 +114,26 @@ class Recipe:
     warmup_steps: int = option("training", "warm-up steps; overrides warmup_ratio when positive", 0)
     weight_decay: float = option("training", "weight decay (none on biases, norms, lambda and sigma)", 0.01)
     max_grad_norm: float = option("training", "gradient clipping; 0 for none", 1.0)
-    optim: str = option("training", "optimizer, by transformers' name", "adamw_torch")
+    optim: str = option(
+        "training", "optimizer, by transformers' name; auto: adamw_torch, the fused one on a GPU", "auto"
+    )
     loraplus_lr_ratio: float | None = option("training", "LoRA+: learning rate of B over that of A", None)
     bf16: bool | None = option("training", "bfloat16 autocast; left out: on a GPU with a bfloat16 base", None)
     fp16: bool = option("training", "float16 autocast with loss scaling", False)
     gradient_checkpointing: bool = option("training", "recompute activations to save memory", False)
+    step_mode: Literal["auto", "eager", "compile", "graph"] = option(
+        "training",
+        "how a step runs: eager, kernel by kernel; graph, recorded once per shape as a CUDA graph, which makes "
+        "small models and short rows several times faster; compile, by torch.compile; auto: graph where launches "
+        "would take the time, else eager",
+        "auto",
+    )
+    loss_kernel: Literal["auto", "liger", "none"] = option(
+        "training",
+        "liger: a loss that never holds all logits, from the package liger-kernel (GPU); none: logits at the "
+        "answers' positions; auto: liger where it is installed and the step is eager, on a GPU",
+        "auto",
+    )
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = option(
         "training", "order of the rows; shuffled anew each epoch from the seed", "random"
     )
@@ -285,6 +303,10 @@ def _check_ranges(recipe: Recipe) -> None:
 
 
 def _check_combinations(recipe: Recipe) -> None:
+    if recipe.step_mode == "graph" and recipe.loss_kernel == "liger":
+        raise GraphLoraError(
+            "step_mode graph cannot record the loss_kernel liger, which counts labels on the host; choose one"
+        )
     if recipe.bf16 and recipe.fp16:
         raise GraphLoraError("bf16 and fp16 are both on; choose one")
     if recipe.early_stopping_patience is not None and recipe.eval_strategy == "no":

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord, data_hash, write_text
 from graphlora.training.adapting import add_adapter
 from graphlora.training.arguments import needed_bytes, training_arguments
+from graphlora.training.bucketing import Bucketed, bucket_positions
 from graphlora.training.callbacks import Progress, StopOnSignal
+from graphlora.training.captured import MAX_GRAPHS
 from graphlora.training.checkpoints import (
     RECIPE_FILE,
     RECORD_FILE,
@@ -32,11 +35,13 @@ from graphlora.training.checkpoints import (
 )
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
 from graphlora.training.loading import load_base_model, load_tokenizer, pick_device, pick_dtype
-from graphlora.training.measuring import peak_memory
+from graphlora.training.loss_kernel import liger_options
+from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
 from graphlora.training.recipe import Recipe
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
 from graphlora.training.run_data import RunData, default_metric, load_data
+from graphlora.training.step_mode import StepMode, allow_shapes, resolve_step_mode
 from graphlora.training.trainer import AdapterTrainer
 
 
@@ -78,18 +83,31 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
         GraphLoraError: A mistake in the recipe or the data, a full disk, a loss that is not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    started = time.perf_counter()
     if resume and overwrite:
         raise GraphLoraError("--resume and --overwrite are both given; choose one")
     recipe = located(recipe)
+    with explained_memory(recipe):
+        return _train(recipe, resume, overwrite)
+
+
+def _train(recipe: Recipe, resume: bool, overwrite: bool) -> TrainResult:
+    started = time.perf_counter()
     output = Path(recipe.output_dir)
     checkpoint = _start(recipe, output, resume, overwrite)
     device = pick_device("cpu" if recipe.training_args.get("use_cpu") else "auto")
+    start_measuring(device)
     dtype = pick_dtype(recipe.dtype, device)
     tokenizer = load_tokenizer(recipe.model)
-    base = load_base_model(recipe.model, dtype, attn_implementation=recipe.attn_implementation)
+    base = load_base_model(
+        recipe.model,
+        dtype,
+        attn_implementation=recipe.attn_implementation,
+        load_in_4bit=recipe.load_in_4bit,
+    )
     recipe = completed(recipe, base.config, dtype)
     data = load_data(recipe, tokenizer)
+    mode = resolve_step_mode(recipe, base, device, data.train.longest)
+    liger = liger_options(recipe, base.config.model_type, device, mode)
     recipe = recipe.changed(
         metric_for_best_model=recipe.metric_for_best_model or default_metric(recipe, data)
     )
@@ -97,13 +115,14 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
     model = add_adapter(base, recipe)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_space(output, needed_bytes(recipe, num_trained))
-    trainer = make_trainer(recipe, model, tokenizer, data, dtype)
+    trainer = make_trainer(recipe, model, tokenizer, data, dtype, mode, liger)
     if trainer.is_world_process_zero():
         if overwrite:
             remove_run(output)
         write_text(output / RECIPE_FILE, recipe.to_yaml())
         _tell(recipe, data, num_trained, checkpoint, resume)
-    metrics = _run(trainer, recipe, checkpoint) | {"num_trained": num_trained}
+    how = {"step_mode": mode, "loss_kernel": "none" if liger is None else "liger"}
+    metrics = _run(trainer, recipe, checkpoint) | {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
     if trainer.is_world_process_zero():
         save(model, output)
@@ -130,7 +149,9 @@ def _record(
     return RunRecord.create(
         "training",
         asdict(recipe),
-        metrics | form | {"peak_memory": memory, "rows": len(data.train.rows)},
+        metrics
+        | form
+        | {"peak_memory": memory, "peak_reserved": peak_reserved(device), "rows": len(data.train.rows)},
         model=recipe.model,
         seed=recipe.seed,
         device=torch.cuda.get_device_name() if device.type == "cuda" else str(device),
@@ -142,28 +163,49 @@ def _record(
 
 
 def make_trainer(
-    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: RunData, dtype: torch.dtype
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RunData,
+    dtype: torch.dtype,
+    mode: StepMode = "eager",
+    liger: dict[str, bool] | None = None,
 ) -> AdapterTrainer:
     """The trainer of a run, with its callbacks.
+
+    Args:
+        recipe: The run, completed.
+        model: The adapted model.
+        tokenizer: Its tokenizer.
+        data: Rows and items.
+        dtype: Dtype of the frozen base.
+        mode: How steps run (`resolve_step_mode`).
+        liger: Kernels of Liger to use (`liger_options`).
 
     Raises:
         GraphLoraError: Arguments that transformers refuses, or a tracker that is not installed.
     """
-    arguments = training_arguments(recipe, dtype)
-    collate = packing_collator() if recipe.packing else padding_collator(tokenizer)
+    arguments = training_arguments(recipe, dtype, compiles=mode == "compile", liger=liger)
+    if mode == "compile":
+        allow_shapes(MAX_GRAPHS)
     try:
         trainer = AdapterTrainer(
             model=model,
             args=arguments,
             train_dataset=data.train.rows,
             eval_dataset=data.validation.rows if data.validation else None,
-            data_collator=AnswerLogits(collate) if takes_answer_logits(model.get_base_model()) else collate,
+            data_collator=collator(recipe, model, tokenizer, bucketed=mode != "eager"),
             tokenizer=tokenizer,
             validation=data.items,
             scoring=recipe.scoring,
             loraplus_lr_ratio=recipe.loraplus_lr_ratio,
             keep_checkpoints=recipe.save_total_limit,
             truncate=recipe.truncation != "refuse",
+            records_steps="no"
+            if mode != "graph"
+            else "yes"
+            if recipe.step_mode == "graph"
+            else "if_possible",
         )
     except GraphLoraError:
         raise
@@ -177,6 +219,19 @@ def make_trainer(
             EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold)
         )
     return trainer
+
+
+def collator(
+    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, bucketed: bool
+) -> Callable[[Any], Any]:
+    """What makes batches of rows: padded or packed, of few shapes where wanted, with logits where there are labels."""
+    collate: Callable[[Any], Any] = packing_collator() if recipe.packing else padding_collator(tokenizer)
+    if bucketed:
+        fill: Any = tokenizer.pad_token_id
+        collate = Bucketed(collate, fill, recipe.packing, recipe.max_length)
+    if not takes_answer_logits(model.get_base_model()):
+        return collate
+    return AnswerLogits(collate, bucket_positions if bucketed else None)
 
 
 def save(model: PeftModel, output: Path) -> None:

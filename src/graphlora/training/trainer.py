@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from tqdm import tqdm
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import rotate_checkpoints
@@ -21,11 +23,14 @@ from graphlora.errors import GraphLoraError
 from graphlora.evaluation.encoding import Scoring
 from graphlora.evaluation.multiple_choice import score_examples, summarize
 from graphlora.tasks.example import Example
+from graphlora.training.bucketing import TOKEN_MASK, packed_attention_mask
 from graphlora.training.callbacks import LossWatch, routing_summary
+from graphlora.training.captured import CapturedSteps
 from graphlora.training.checkpoints import CHECKPOINTS, STAGING, STATE_FILE, replace_directory, writing
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
+NUM_ITEMS = "num_items_in_batch"
 
 
 class EpochSampler(Sampler[int]):
@@ -73,6 +78,7 @@ class AdapterTrainer(Trainer):
         loraplus_lr_ratio: float | None = None,
         keep_checkpoints: int | None = None,
         truncate: bool = False,
+        records_steps: Literal["no", "yes", "if_possible"] = "no",
         **kwargs: Any,
     ) -> None:
         """Set up training.
@@ -84,6 +90,8 @@ class AdapterTrainer(Trainer):
             loraplus_lr_ratio: Learning rate of `lora_B` over that of everything else.
             keep_checkpoints: Checkpoints to keep; the newest and the best always stay.
             truncate: Cut the beginnings of validation prompts that do not fit the model's window.
+            records_steps: Record forward and backward once per input shape and replay them (`CapturedSteps`);
+                `"if_possible"` goes on eagerly where recording fails.
             kwargs: Arguments of `Trainer`.
         """
         self.validation = validation
@@ -96,6 +104,9 @@ class AdapterTrainer(Trainer):
         self.tokens_seen: Tensor | int = 0
         self.last_saved: Path | None = None
         self._staging: Path | None = None
+        self._records_steps = records_steps
+        self._captured: CapturedSteps | None = None
+        self._num_parameters: int | None = None
         self.tokenizer: Any = kwargs.pop("tokenizer")
         super().__init__(*args, **kwargs)
 
@@ -108,11 +119,52 @@ class AdapterTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-batch; on a CPU a loss that is not finite stops before the optimizer's step."""
-        mask = inputs.get("attention_mask")
+        mask = inputs.get("attention_mask", inputs.get(TOKEN_MASK))
         self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._records_steps == "no":
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._recorded_step(model, inputs, num_items_in_batch)
         self.watch.note(loss, self.state.global_step + 1)
         return loss
+
+    def _recorded_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """The step of `Trainer` as it is, on inputs that stay at their addresses."""
+        if self._captured is None:
+            self._captured = CapturedSteps(
+                self.accelerator.unwrap_model(model),
+                device=self.args.device,
+                must_record=self._records_steps == "yes",
+                tell=lambda line: tqdm.write(line, file=sys.stderr),
+            )
+
+        def step(static: dict[str, Any]) -> Tensor:
+            rest = {name: value for name, value in static.items() if name != NUM_ITEMS}
+            return Trainer.training_step(self, model, rest, static[NUM_ITEMS])
+
+        # Without a count of labels, Trainer divides by the number of micro-batches, on the host.
+        variant = () if num_items_in_batch is not None else (self.current_gradient_accumulation_steps,)
+        return self._captured(step, {**inputs, NUM_ITEMS: num_items_in_batch}, variant)
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        """Inputs on the device; of a packed row with tokens that do not count, also its attention mask."""
+        prepared: Any = super()._prepare_inputs(inputs)
+        counted = prepared.pop(TOKEN_MASK, None)
+        if counted is not None:
+            config: Any = self.accelerator.unwrap_model(self.model).config
+            additive = config._attn_implementation == "eager"
+            dtype = next(p for p in self.model.parameters() if p.is_floating_point()).dtype
+            prepared["attention_mask"] = packed_attention_mask(
+                prepared["position_ids"], counted, dtype if additive else None
+            )
+        return prepared
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in `Trainer`, which counts the parameters anew at each step: longer than a small model's step."""
+        if self._num_parameters is None:
+            model: Any = self.accelerator.unwrap_model(self.model)
+            self._num_parameters = model.get_base_model().num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._num_parameters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; training entries carry the routing, and the loss is checked here on accelerators."""
