@@ -19,6 +19,7 @@ from graphlora.ops.expert_ffn import (
     expert_ffn_torch,
 )
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
+from graphlora.ops.expert_ffn.pairs import PairsBySlot
 from graphlora.router import Routing, select_experts
 
 torch_path = importlib.import_module("graphlora.ops.expert_ffn.torch")
@@ -141,7 +142,9 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
 def parts(request, monkeypatch) -> str:
     """Both ways to walk over the experts; slots are what runs on devices other than the CPU."""
     if request.param == "slots":
-        monkeypatch.setattr(torch_path, "_parts", torch_path.slot_parts)
+        monkeypatch.setattr(
+            torch_path, "order_pairs", lambda index, n, r, width, dtype: PairsBySlot(index, n, r, dtype)
+        )
     return request.param
 
 

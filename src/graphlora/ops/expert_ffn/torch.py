@@ -10,14 +10,15 @@ its inputs alone; every `[tokens, f]` intermediate is recomputed in backward. RE
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
 from graphlora.ops.expert_ffn.inputs import ExpertWeights, FrozenFfn, LoraMasks, masked
+from graphlora.ops.expert_ffn.pairs import Pairs, Part, order_pairs
+from graphlora.ops.expert_ffn.recompute import maybe_recompute
 
 
 def expert_ffn_torch(
@@ -28,88 +29,31 @@ def expert_ffn_torch(
     top_k_index: Tensor,
     scaling: float,
     masks: LoraMasks,
+    recompute_gate_up: bool = False,
 ) -> Tensor:
-    """Same function as `expert_ffn_eager` (see there), with the base shared between the experts."""
-    gate, up = ffn.project_in(x)
+    """Same function as `expert_ffn_eager` (see there), with the base shared between the experts.
+
+    `recompute_gate_up` runs the frozen gate and up projections again in backward instead of saving what they give.
+    """
     low_up = masked(x, masks.up) @ experts.up_A.flatten(0, 1).T
     low_gate = None
-    if gate is not None:
-        assert experts.gate_A is not None
+    if experts.gate_A is not None:
         low_gate = masked(x, masks.gate) @ experts.gate_A.flatten(0, 1).T
-    mixed, low_down = ExpertMix.apply(
-        gate, up, low_gate, low_up, experts.gate_B, experts.up_B, experts.down_A,
-        top_k_weights, top_k_index, masks.hidden, masks.down, scaling, ffn.act,
-    )  # fmt: skip
+
+    def mix(x: Tensor, low_gate: Tensor | None, low_up: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ffn.project_in(x)
+        return ExpertMix.apply(
+            gate, up, low_gate, low_up, experts.gate_B, experts.up_B, experts.down_A,
+            weights, top_k_index, masks.hidden, masks.down, scaling, ffn.act,
+        )  # fmt: skip
+
+    mixed, low_down = maybe_recompute(recompute_gate_up, mix, x, low_gate, low_up, top_k_weights)
     out = ffn.project_out(mixed)
     down_B = experts.down_B.transpose(1, 2).flatten(0, 1)
     if out.dtype != low_down.dtype:
         # A float32 down projection beside half-precision layers (T5): what it gives may not fit half precision.
         return out + low_down @ down_B
     return torch.addmm(out, low_down, down_B)
-
-
-class Part(NamedTuple):
-    """Tokens that one low-rank pair, or one masked set of pairs, serves.
-
-    Attributes:
-        token: `[n]` token positions, or None for all tokens in order.
-        slot: `[n]` which of a token's top-k choices this is, or an int for all.
-        columns: slice of the `num_experts * r` columns in use.
-        keep: `[n, num_experts * r]` mask of each token's own columns, or None where `columns` says it all.
-    """
-
-    token: Tensor | None
-    slot: Tensor | int
-    columns: slice
-    keep: Tensor | None
-
-
-def grouped_parts(top_k_index: Tensor, num_experts: int, r: int) -> Iterator[Part]:
-    """One part per expert that has tokens; reads the counts on the host, so for CPU tensors."""
-    order = torch.argsort(top_k_index.reshape(-1), stable=True)
-    counts = torch.bincount(top_k_index.reshape(-1), minlength=num_experts).tolist()
-    top_k = top_k_index.shape[1]
-    start = 0
-    for e, count in enumerate(counts):
-        if count:
-            rows = order[start : start + count]
-            yield Part(rows // top_k, rows % top_k, slice(e * r, (e + 1) * r), None)
-        start += count
-
-
-def slot_parts(top_k_index: Tensor, num_experts: int, r: int, dtype: torch.dtype) -> Iterator[Part]:
-    """One part per top-k slot with all tokens, columns masked: static shapes, no sort, no host sync."""
-    for k in range(top_k_index.shape[1]):
-        one_hot = torch.nn.functional.one_hot(top_k_index[:, k], num_experts)
-        yield Part(None, k, slice(None), one_hot.to(dtype).repeat_interleave(r, dim=1))
-
-
-def _parts(top_k_index: Tensor, num_experts: int, r: int, dtype: torch.dtype) -> Iterator[Part]:
-    if top_k_index.device.type == "cpu" and not torch.compiler.is_compiling():
-        return grouped_parts(top_k_index, num_experts, r)
-    return slot_parts(top_k_index, num_experts, r, dtype)
-
-
-def _rows(t: Tensor, part: Part) -> Tensor:
-    return t if part.token is None else t[part.token]
-
-
-def _low_rank(t: Tensor, part: Part) -> Tensor:
-    """The part's own columns of `[tokens, num_experts * r]`, other experts' columns removed or zeroed."""
-    rows = _rows(t, part)[:, part.columns]
-    return rows if part.keep is None else rows * part.keep
-
-
-def _weight(top_k_weights: Tensor, part: Part) -> Tensor:
-    token = slice(None) if part.token is None else part.token
-    return top_k_weights[token, part.slot][:, None]
-
-
-def _add(total: Tensor, part: Part, value: Tensor) -> None:
-    if part.token is None:
-        total += value
-    else:
-        total.index_add_(0, part.token, value.to(total.dtype))
 
 
 class ExpertMix(torch.autograd.Function):
@@ -134,119 +78,195 @@ class ExpertMix(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Args: frozen products `[tokens, f]`, low-rank inputs `[tokens, N r]`, stacked weights, routing, masks."""
         ctx.save_for_backward(
-            gate,
-            up,
-            low_gate,
-            low_up,
-            gate_B,
-            up_B,
-            down_A,
-            top_k_weights,
-            top_k_index,
-            hidden_mask,
-            down_mask,
-        )
+            gate, up, low_gate, low_up, gate_B, up_B, down_A, top_k_weights, top_k_index, hidden_mask, down_mask
+        )  # fmt: skip
         ctx.scaling, ctx.act = scaling, act
-        num_experts, r, _ = down_A.shape
+        num_experts, r, width = down_A.shape
+        pairs = order_pairs(top_k_index, num_experts, r, width, up.dtype)
+        buffers = _Buffers(pairs, up)
+        up_side = _LowRankSide(up, low_up, up_B, pairs, scaling)
+        gate_side = None
+        if gate is not None:
+            assert low_gate is not None
+            assert gate_B is not None
+            gate_side = _LowRankSide(gate, low_gate, gate_B, pairs, scaling)
         rank_down = down_A.flatten(0, 1)
-        rank_up = up_B.transpose(1, 2).flatten(0, 1)
-        rank_gate = None if gate_B is None else gate_B.transpose(1, 2).flatten(0, 1)
+        weights = pairs.spread_weights(top_k_weights.to(up.dtype))[:, None]
         mixed = torch.zeros_like(up)
-        low_down = torch.zeros_like(low_up)
-        weights = top_k_weights.to(up.dtype)
-        for part in _parts(top_k_index, num_experts, r, up.dtype):
-            hidden = _pre_activation(up, low_up, rank_up, part, scaling)
-            if gate is None:
-                hidden = act(hidden)
+        low_parts = []
+        for part in pairs.parts():
+            hidden = up_side.of(part, buffers("up", part))
+            if gate_side is None:
+                hidden = act.into(hidden, buffers("up", part))
             else:
-                assert low_gate is not None
-                assert rank_gate is not None
-                hidden = act(_pre_activation(gate, low_gate, rank_gate, part, scaling)).mul_(hidden)
-            hidden = hidden * _weight(weights, part)
+                gate_k = gate_side.of(part, buffers("gate", part))
+                hidden = act.into(gate_k, buffers("gate", part)).mul_(hidden)
+            hidden = torch.mul(hidden, weights[part.pairs], out=buffers("up", part))
             if hidden_mask is not None:
-                hidden = hidden * _rows(hidden_mask, part)
+                hidden *= _rows(hidden_mask, part, buffers("gate", part))
             _add(mixed, part, hidden)
-            dropped = hidden if down_mask is None else hidden * _rows(down_mask, part)
-            low = scaling * (dropped @ rank_down[part.columns].T)
-            _add(low_down[:, part.columns], part, low if part.keep is None else low * part.keep)
-        return mixed, low_down
+            if down_mask is not None:
+                hidden *= _rows(down_mask, part, buffers("gate", part))
+            low_parts.append(hidden @ rank_down[part.columns].T)
+        if not low_parts:
+            return mixed, torch.zeros_like(low_up)
+        return mixed, pairs.collect_low(scaling * torch.cat(low_parts))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of `forward`'s arguments; the notation is README.md's."""
         d_mixed, d_low_down = grad_outputs
-        gate, up, low_gate, low_up, gate_B, up_B, down_A, weights32, top_k_index, hidden_mask, down_mask = (
+        gate, up, low_gate, low_up, gate_B, up_B, down_A, top_k_weights, top_k_index, hidden_mask, down_mask = (
             ctx.saved_tensors
-        )
-        s, act = ctx.scaling, ctx.act
-        num_experts, r, _ = down_A.shape
-        rank_down = down_A.flatten(0, 1)
-        rank_up = up_B.transpose(1, 2).flatten(0, 1)
-        d_up, d_low_up, d_rank_up = torch.zeros_like(up), torch.zeros_like(low_up), torch.zeros_like(rank_up)
-        d_rank_down, d_weights = torch.zeros_like(rank_down), torch.zeros_like(weights32)
-        rank_gate: Any = None
-        d_gate: Any = None
-        d_low_gate: Any = None
-        d_rank_gate: Any = None
+        )  # fmt: skip
+        act = ctx.act
+        num_experts, r, width = down_A.shape
+        pairs = order_pairs(top_k_index, num_experts, r, width, up.dtype)
+        buffers = _Buffers(pairs, up)
+        up_side = _LowRankSide(up, low_up, up_B, pairs, ctx.scaling).with_gradients()
+        gate_side = None
         if gate is not None:
-            rank_gate = gate_B.transpose(1, 2).flatten(0, 1)
-            d_gate, d_low_gate = torch.zeros_like(gate), torch.zeros_like(low_gate)
-            d_rank_gate = torch.zeros_like(rank_gate)
-        weights = weights32.to(up.dtype)
-        for part in _parts(top_k_index, num_experts, r, up.dtype):
-            w, columns = _weight(weights, part), part.columns
-            up_k = _pre_activation(up, low_up, rank_up, part, s)
-            gate_k = None if gate is None else _pre_activation(gate, low_gate, rank_gate, part, s)
-            activated = act(up_k if gate_k is None else gate_k)
-            hidden = activated if gate_k is None else activated * up_k
-            d_low = s * _low_rank(d_low_down, part)
-            q = d_low @ rank_down[columns]
-            dropped = hidden
-            if down_mask is not None:
-                q, dropped = q * _rows(down_mask, part), dropped * _rows(down_mask, part)
-            q += _rows(d_mixed, part)
-            if hidden_mask is not None:
-                q, dropped = q * _rows(hidden_mask, part), dropped * _rows(hidden_mask, part)
-            d_rank_down[columns] += (w * d_low).T @ dropped
-            token = slice(None) if part.token is None else part.token
-            d_weights[token, part.slot] = (q * hidden).sum(dim=-1, dtype=torch.float32).to(d_weights.dtype)
-            d_hidden = q.mul_(w)
-            if gate_k is None:
-                d_up_k = act.backward(d_hidden, up_k)
+            gate_side = _LowRankSide(gate, low_gate, gate_B, pairs, ctx.scaling).with_gradients()
+        rank_down = down_A.flatten(0, 1)
+        d_rank_down = torch.zeros_like(rank_down)
+        weights = pairs.spread_weights(top_k_weights.to(up.dtype))[:, None]
+        d_weights = []
+        d_low = ctx.scaling * pairs.spread_low(d_low_down)
+        for part in pairs.parts():
+            w, d_low_k = weights[part.pairs], d_low[part.pairs]
+            up_k = up_side.of(part, buffers("up", part))
+            gate_k = up_k if gate_side is None else gate_side.of(part, buffers("gate", part))
+            activated = act.into(gate_k, buffers("activated", part))
+            hidden = activated
+            if gate_side is not None:
+                hidden = torch.mul(activated, up_k, out=buffers("hidden", part))
+            q = _grad_of_weighted_hidden(part, d_mixed, d_low_k, rank_down, hidden_mask, down_mask, buffers)
+            dropped = _dropped(hidden, part, hidden_mask, down_mask, buffers)
+            d_rank_down[part.columns].addmm_((w * d_low_k).T, dropped)
+            product = torch.mul(q, hidden, out=buffers("product", part))
+            d_weights.append(product.sum(dim=-1, dtype=torch.float32))
+            q = q.mul_(w)
+            if gate_side is None:
+                d_up_k = act.backward(q, up_k, buffers("product", part))
             else:
-                d_gate_k = act.backward(d_hidden * up_k, gate_k)
-                _backward_pre_activation(
-                    d_gate_k, low_gate, rank_gate, part, s, d_gate, d_low_gate, d_rank_gate
-                )
-                d_up_k = d_hidden.mul_(activated)
-            _backward_pre_activation(d_up_k, low_up, rank_up, part, s, d_up, d_low_up, d_rank_up)
-
-        def unstack(d_rank: Tensor | None) -> Tensor | None:
-            return None if d_rank is None else d_rank.view(num_experts, r, -1).transpose(1, 2)
-
+                d_up_k = torch.mul(q, activated, out=buffers("activated", part))
+                gate_side.backward(part, act.backward(q.mul_(up_k), gate_k, buffers("product", part)))
+            up_side.backward(part, d_up_k)
+        d_top_k_weights = torch.zeros_like(top_k_weights)
+        if d_weights:
+            d_top_k_weights = pairs.collect_weights(torch.cat(d_weights)).to(top_k_weights.dtype)
+        d_gate, d_low_gate, d_gate_B = (None, None, None) if gate_side is None else gate_side.gradients()
+        d_up, d_low_up, d_up_B = up_side.gradients()
         return (
-            d_gate, d_up, d_low_gate, d_low_up, unstack(d_rank_gate), unstack(d_rank_up),
-            d_rank_down.view(num_experts, r, -1), d_weights, None, None, None, None, None,
+            d_gate, d_up, d_low_gate, d_low_up, d_gate_B, d_up_B, d_rank_down.view_as(down_A), d_top_k_weights,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
-def _pre_activation(base: Tensor, low: Tensor, rank: Tensor, part: Part, scaling: float) -> Tensor:
-    """`base + s (low columns) B^T` for the part's tokens; `rank` is `[num_experts * r, f]`."""
-    return torch.addmm(_rows(base, part), _low_rank(low, part), rank[part.columns], alpha=scaling)
+class _LowRankSide:
+    """`W x + s B_k (A_k x)` before the activation, for the gate or for the up projection, and its gradients.
+
+    Args:
+        base: `W x`, `[tokens, f]`.
+        low: `A x` of all experts, `[tokens, num_experts * r]`.
+        stacked_B: `[num_experts, f, r]`.
+        pairs: the order of the pairs.
+        scaling: s.
+    """
+
+    def __init__(self, base: Tensor, low: Tensor, stacked_B: Tensor, pairs: Pairs, scaling: float) -> None:
+        self.base, self.pairs, self.shape = base, pairs, stacked_B.shape
+        self.rank = stacked_B.transpose(1, 2).flatten(0, 1)
+        self.low = scaling * pairs.spread_low(low)
+        self.scaling = scaling
+
+    def of(self, part: Part, out: Tensor | None) -> Tensor:
+        """The part's rows, `[n, f]`."""
+        low, rank = self.low[part.pairs], self.rank[part.columns]
+        if part.token is None:
+            return torch.addmm(self.base, low, rank)
+        return torch.index_select(self.base, 0, part.token, out=out).addmm_(low, rank)
+
+    def with_gradients(self) -> _LowRankSide:
+        """Itself, ready for `backward`."""
+        self.d_base, self.d_rank = torch.zeros_like(self.base), torch.zeros_like(self.rank)
+        self.d_low: list[Tensor] = []
+        return self
+
+    def backward(self, part: Part, grad: Tensor) -> None:
+        """Takes the gradient of `of(part)`, `[n, f]`."""
+        _add(self.d_base, part, grad)
+        self.d_low.append(grad @ self.rank[part.columns].T)
+        self.d_rank[part.columns].addmm_(self.low[part.pairs].T, grad)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of base, low and stacked_B, once every part had its `backward`."""
+        num_experts, width, r = self.shape
+        d_low = self.base.new_zeros(len(self.base), num_experts * r)
+        if self.d_low:
+            d_low = self.pairs.collect_low(self.scaling * torch.cat(self.d_low))
+        return self.d_base, d_low, self.d_rank.view(num_experts, r, width).transpose(1, 2)
 
 
-def _backward_pre_activation(
-    d_pre: Tensor,
-    low: Tensor,
-    rank: Tensor,
+class _Buffers:
+    """Memory that the parts write their `[n, f]` intermediates into, one after the other."""
+
+    def __init__(self, pairs: Pairs, like: Tensor) -> None:
+        self._rows, self._like = pairs.buffer_rows, like
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, part: Part) -> Tensor | None:
+        """`[n, f]`, the same memory for the same name; None where parts make their own tensors."""
+        if self._rows is None:
+            return None
+        if name not in self._buffers:
+            self._buffers[name] = self._like.new_empty(self._rows, self._like.shape[1])
+        return self._buffers[name][: part.pairs.stop - part.pairs.start]
+
+
+def _rows(t: Tensor, part: Part, out: Tensor | None) -> Tensor:
+    """The part's rows of `[tokens, f]`; not to be written to, as they may be `t` itself."""
+    return t if part.token is None else torch.index_select(t, 0, part.token, out=out)
+
+
+def _add(total: Tensor, part: Part, value: Tensor) -> None:
+    if part.token is None:
+        total += value
+    else:
+        total.index_add_(0, part.token, value)
+
+
+def _grad_of_weighted_hidden(
     part: Part,
-    scaling: float,
-    d_base: Tensor,
+    d_mixed: Tensor,
     d_low: Tensor,
-    d_rank: Tensor,
-) -> None:
-    """Adds the gradients of `_pre_activation`'s inputs to `d_base`, `d_low` and `d_rank`."""
-    _add(d_base, part, d_pre)
-    grad = scaling * (d_pre @ rank[part.columns].T)
-    _add(d_low[:, part.columns], part, grad if part.keep is None else grad * part.keep)
-    d_rank[part.columns] += scaling * (_low_rank(low, part).T @ d_pre)
+    rank_down: Tensor,
+    hidden_mask: Tensor | None,
+    down_mask: Tensor | None,
+    buffers: _Buffers,
+) -> Tensor:
+    """q, the gradient of `w_k h_k`: through the mix and through the low-rank down projection."""
+    rank = rank_down[part.columns]
+    if down_mask is None:
+        if part.token is None:
+            q = torch.addmm(d_mixed, d_low, rank)
+        else:
+            q = torch.index_select(d_mixed, 0, part.token, out=buffers("q", part)).addmm_(d_low, rank)
+    else:
+        q = torch.mm(d_low, rank, out=buffers("q", part))
+        q *= _rows(down_mask, part, buffers("product", part))
+        q += _rows(d_mixed, part, buffers("product", part))
+    if hidden_mask is not None:
+        q *= _rows(hidden_mask, part, buffers("product", part))
+    return q
+
+
+def _dropped(
+    hidden: Tensor, part: Part, hidden_mask: Tensor | None, down_mask: Tensor | None, buffers: _Buffers
+) -> Tensor:
+    """h_k as the low-rank down projection sees it."""
+    for mask in (hidden_mask, down_mask):
+        if mask is not None:
+            rows = _rows(mask, part, buffers("product", part))
+            hidden = torch.mul(hidden, rows, out=buffers("dropped", part))
+    return hidden
