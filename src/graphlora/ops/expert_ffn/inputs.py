@@ -20,11 +20,14 @@ class FrozenFfn:
         project_in: `[tokens, d] -> (gate, up)`, each `[tokens, f]`; gate is None for a plain (ungated) block.
         project_out: `[tokens, f] -> [tokens, d]`, bias included.
         act: the activation with its backward: of the gate in a gated block, of the up projection in a plain one.
+        plain_weights: given x, the weights `(gate, up)`, each `[f, d]`, where `project_in` is nothing but two matrix
+            products with them in x's dtype, so that a kernel may apply them itself; else None.
     """
 
     project_in: Callable[[Tensor], tuple[Tensor | None, Tensor]]
     project_out: Callable[[Tensor], Tensor]
     act: DifferentiableAct
+    plain_weights: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None = None
 
 
 class ExpertWeights(NamedTuple):

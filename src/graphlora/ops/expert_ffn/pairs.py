@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Elements of one `[rows, f]` buffer: a few of them fit into the last-level cache of a CPU.
-_BUFFER_ELEMENTS = 2**19
+_BUFFER_ELEMENTS = 2**15
 _MIN_ROWS = 16
 
 
@@ -30,8 +30,10 @@ class Part(NamedTuple):
 class Pairs(Protocol):
     """An order of the `tokens * top_k` pairs. What belongs to pairs lies in that order in dimension 0."""
 
-    buffer_rows: int | None
-    """Rows of the longest part where parts share buffers; None where every part makes its own tensors."""
+    @property
+    def buffer_rows(self) -> int | None:
+        """Rows of the longest part where parts share buffers; None where every part makes its own tensors."""
+        ...
 
     def parts(self) -> Iterator[Part]:
         """Parts that together hold every pair once."""

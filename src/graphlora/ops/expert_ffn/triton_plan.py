@@ -1,0 +1,211 @@
+"""Which tokens share a tile: tokens sorted by the set of experts that they selected, planned on the device.
+
+The data is never moved; only token indices are sorted. Nothing is read on the host, so shapes are upper bounds, and a
+CUDA graph can capture it. A plan is one int32 tensor; `PlanShape` says where its parts lie.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# More sets than this would leave most tiles nearly empty; then tiles are cut from the sorted tokens regardless of sets.
+_MOST_SETS = 128
+_SORT_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class PlanShape:
+    """Sizes of a plan; the same for all batches of equal shape.
+
+    Attributes:
+        rows: rows to sort, tokens or (token, choice) pairs.
+        num_experts: N.
+        top_k: choices per row.
+        tile: rows per tile of the token-major kernels.
+        chunk: rows per program of the weight gradients.
+    """
+
+    rows: int
+    num_experts: int
+    top_k: int
+    tile: int
+    chunk: int
+
+    @property
+    def num_sets(self) -> int:
+        """How many different sets of experts a row can have selected."""
+        return math.comb(self.num_experts, self.top_k)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows of a tile have the same set."""
+        return self.num_sets <= _MOST_SETS
+
+    def pieces(self, size: int) -> int:
+        """Most pieces of at most `size` rows."""
+        if not self.uniform:
+            return triton.cdiv(self.rows, size)
+        return min(self.rows, self.rows // size + self.num_sets)
+
+    @property
+    def tiles(self) -> int:
+        """Most tiles."""
+        return self.pieces(self.tile)
+
+    @property
+    def chunks(self) -> int:
+        """Most chunks; none where tiles are not uniform, because weight gradients then sort pairs."""
+        return self.pieces(self.chunk) if self.uniform else 0
+
+    @property
+    def numel(self) -> int:
+        """Length of the plan: row order and weights, then start, end, count and experts of every tile and chunk."""
+        return self.rows * (1 + self.top_k) + (self.tiles + self.chunks) * (3 + self.num_experts)
+
+    def parts(self, plan: Tensor) -> tuple[Tensor, ...]:
+        """`(order, weights, start, end, count, experts)`; the last four with tiles first, then chunks.
+
+        `weights` holds the bits of the float32 weights of each sorted row, by ascending expert (uniform plans only).
+        """
+        pieces = self.tiles + self.chunks
+        sizes = [self.rows, self.rows * self.top_k, pieces, pieces, pieces, pieces * self.num_experts]
+        return plan.split(sizes)
+
+
+def make_plan(top_k_index: Tensor, top_k_weights: Tensor, shape: PlanShape) -> Tensor:
+    """The plan for `[rows, top_k]` selected experts and weights: a flat int32 tensor of `shape.numel` entries."""
+    plan = torch.empty(shape.numel, dtype=torch.int32, device=top_k_index.device)
+    order, weights, start, end, count, experts = shape.parts(plan)
+    totals = plan
+    padded = max(triton.next_power_of_2(shape.num_sets), 16) if shape.uniform else 16
+    if shape.uniform:
+        blocks = triton.cdiv(shape.rows, _SORT_BLOCK)
+        histogram = torch.empty(blocks + 1, padded, dtype=torch.int32, device=plan.device)
+        common = {"K": shape.top_k, "SP": padded, "BLOCK": _SORT_BLOCK}
+        _histogram_kernel[(blocks,)](top_k_index, histogram, shape.rows, **common)
+        _scatter_kernel[(blocks,)](
+            top_k_index, top_k_weights, histogram, order, weights, shape.rows, blocks, **common
+        )
+        totals = histogram[blocks]
+    else:
+        chosen = top_k_index.sort(dim=1).values.long()
+        place = shape.num_experts ** torch.arange(shape.top_k - 1, -1, -1, device=plan.device)
+        order.copy_((chosen * place).sum(dim=1).argsort(stable=True))
+    _piece_kernel[(shape.tiles + shape.chunks,)](
+        top_k_index, totals, order, start, end, count, experts, shape.rows, shape.tiles,
+        K=shape.top_k, N=shape.num_experts, NP=triton.next_power_of_2(shape.num_experts), SP=padded,
+        TILE=shape.tile, CHUNK=shape.chunk, UNIFORM=shape.uniform,
+    )  # fmt: skip
+    return plan
+
+
+@triton.jit
+def _set_rank(ids, t, live, K: tl.constexpr):
+    """Position of a row's set of experts among all sets: `sum_j C(e_j, j + 1)` over its experts in ascending order."""
+    rank = tl.zeros(t.shape, tl.int32)
+    for k in tl.static_range(K):
+        e = tl.load(ids + t * K + k, mask=live, other=0).to(tl.int32)
+        below = tl.zeros(t.shape, tl.int32)
+        for j in tl.static_range(K):
+            below += (tl.load(ids + t * K + j, mask=live, other=0).to(tl.int32) < e).to(tl.int32)
+        binomial = tl.full(t.shape, 1, tl.int32)
+        for i in tl.static_range(K):
+            binomial = tl.where(below >= i, binomial * (e - i) // (i + 1), binomial)
+        rank += binomial
+    return rank
+
+
+@triton.jit
+def _histogram_kernel(ids, histogram, T, K: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows per set in each block of rows."""
+    block = tl.program_id(0)
+    t = block * BLOCK + tl.arange(0, BLOCK)
+    live = t < T
+    key = tl.where(live, _set_rank(ids, t, live, K), -1)
+    sets = tl.arange(0, SP)
+    tl.store(histogram + block * SP + sets, tl.sum((key[:, None] == sets[None, :]).to(tl.int32), 0))
+
+
+@triton.jit
+def _scatter_kernel(
+    ids, weights, histogram, order, sorted_weights, T, blocks,
+    K: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stable counting sort: writes each row where its set's rows belong; block 0 also writes the totals per set."""
+    block = tl.program_id(0)
+    t = block * BLOCK + tl.arange(0, BLOCK)
+    live = t < T
+    sets = tl.arange(0, SP)
+    total = tl.zeros((SP,), tl.int32)
+    earlier = tl.zeros((SP,), tl.int32)
+    for first in range(0, blocks, 16):
+        other = first + tl.arange(0, 16)
+        counts = tl.load(histogram + other[:, None] * SP + sets[None, :], mask=(other < blocks)[:, None], other=0)
+        total += tl.sum(counts, 0)
+        earlier += tl.sum(tl.where((other < block)[:, None], counts, 0), 0)
+    begin = tl.cumsum(total, 0) - total + earlier
+    key = tl.where(live, _set_rank(ids, t, live, K), -1)
+    mine = (key[:, None] == sets[None, :]).to(tl.int32)
+    place = tl.sum(mine * (begin[None, :] + tl.cumsum(mine, 0) - 1), 1)
+    tl.store(order + place, t, mask=live)
+    for k in tl.static_range(K):
+        e = tl.load(ids + t * K + k, mask=live, other=0)
+        below = tl.zeros(t.shape, tl.int32)
+        for j in tl.static_range(K):
+            below += (tl.load(ids + t * K + j, mask=live, other=0) < e).to(tl.int32)
+        w = tl.load(weights + t * K + k, mask=live, other=0.0).to(tl.float32)
+        tl.store(sorted_weights + place * K + below, w.to(tl.int32, bitcast=True), mask=live)
+    if block == 0:
+        tl.store(histogram + blocks * SP + sets, total)
+
+
+@triton.jit
+def _piece_kernel(
+    ids, totals, order, start_ptr, end_ptr, count_ptr, experts_ptr, T, tiles,
+    K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SP: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """Start, end and experts (ascending) of each tile, and of each chunk after them; unused pieces are empty."""
+    piece = tl.program_id(0)
+    if UNIFORM:
+        size = tl.where(piece < tiles, TILE, CHUNK)
+        index = tl.where(piece < tiles, piece, piece - tiles)
+        total = tl.load(totals + tl.arange(0, SP))
+        pieces = (total + size - 1) // size
+        last = tl.cumsum(pieces, 0)
+        first = last - pieces
+        mine = (index >= first) & (index < last)
+        begin = tl.cumsum(total, 0) - total
+        start = tl.sum(tl.where(mine, begin + (index - first) * size, 0), 0)
+        end = tl.sum(tl.where(mine, tl.minimum(begin + (index - first) * size + size, begin + total), 0), 0)
+        count = K
+        if start < end:
+            t = tl.load(order + start)
+            for k in tl.static_range(K):
+                e = tl.load(ids + t * K + k).to(tl.int32)
+                below = 0
+                for j in tl.static_range(K):
+                    below += (tl.load(ids + t * K + j).to(tl.int32) < e).to(tl.int32)
+                tl.store(experts_ptr + piece * N + below, e)
+    else:
+        start = piece * TILE
+        end = tl.minimum(start + TILE, T)
+        position = start + tl.arange(0, TILE)
+        live = position < end
+        t = tl.load(order + position, mask=live, other=0)
+        n = tl.arange(0, NP)
+        present = tl.zeros((NP,), tl.int32)
+        for k in tl.static_range(K):
+            e = tl.load(ids + t * K + k, mask=live, other=-1).to(tl.int32)
+            present = tl.maximum(present, tl.max((e[:, None] == n[None, :]).to(tl.int32), 0))
+        count = tl.sum(present, 0)
+        tl.store(experts_ptr + piece * N + tl.cumsum(present, 0) - 1, n, mask=present > 0)
+    tl.store(start_ptr + piece, start)
+    tl.store(end_ptr + piece, end)
+    tl.store(count_ptr + piece, count)
