@@ -1,0 +1,215 @@
+"""The graph router in fused kernels: from tokens to the routing, forward and backward. README.md has the derivation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphlora.ops.graph_route import triton_launch  # noqa: F401 - registers the operations
+
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+MAX_EXPERTS, MAX_WIDTH, MAX_TOP_K = 64, 256, 8
+
+
+class RouterWeights(NamedTuple):
+    """A graph router of two `"gcn"` layers, as the kernels take it; weights in any floating dtype.
+
+    Attributes:
+        token_proj: P_x, `[g, d]`.
+        features: expert features before their activation, `[N, g]`.
+        conv: W_l, `[2, g, g]`.
+        self_weight: S_l, `[2, g, g]`, for the self term `"weight"`; else None.
+        out: p, `[g]`.
+        graph: adjacency of the experts `[N, N]` with a zero diagonal, float32, without a gradient; or Â of experts and
+            token, `[N + 1, N + 1]`, float32, which may have one.
+        logit_offset: subtracted from the logits, `[N]`, float32; None for nothing.
+        residual: a of the self term `"residual"`; 0 without one.
+        act: name of the activation.
+        eps: added to the mean square of a token, whose root divides it; None where tokens are not normalized.
+    """
+
+    token_proj: Tensor
+    features: Tensor
+    conv: Tensor
+    self_weight: Tensor | None
+    out: Tensor
+    graph: Tensor
+    logit_offset: Tensor | None
+    residual: float
+    act: str
+    eps: float | None
+
+    @property
+    def graph_normalized(self) -> bool:
+        """Whether `graph` is Â."""
+        return self.graph.shape[0] == self.features.shape[0] + 1
+
+
+class PreparedRouter(NamedTuple):
+    """What `prepare_router` makes of the weights; valid until they change.
+
+    Attributes:
+        weights: the weights themselves.
+        static: the token-independent terms.
+        conv: W_l for the products.
+        self_weight: S_l for the products, or None.
+        precise: whether the products are float32 ones.
+    """
+
+    weights: RouterWeights
+    static: Tensor
+    conv: Tensor
+    self_weight: Tensor | None
+    precise: bool
+
+
+def supports(conv: str, num_layers: int, act: str | None, width: int, num_experts: int, top_k: int) -> bool:
+    """Whether the kernels can run such a router; other routers take the PyTorch path."""
+    return (
+        conv == "gcn"
+        and num_layers == 2
+        and act in _ACTIVATIONS
+        and width <= MAX_WIDTH
+        and num_experts <= MAX_EXPERTS
+        and top_k <= MAX_TOP_K
+    )
+
+
+def graph_route_triton(
+    x: Tensor, weights: RouterWeights, top_k: int, norm_topk_prob: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Routing of every token, differentiable in x and all weights.
+
+    Saved for backward: x, the sums of its squares `[tokens]`, the token projection and v `[tokens, g]` each (and q with
+    a self weight), probabilities and selection.
+
+    Args:
+        x: `[tokens, d]`, bfloat16, float16 (products take bfloat16 node features) or float32 (float32 products).
+        weights: see `RouterWeights`.
+        top_k: K.
+        norm_topk_prob: divide the selected probabilities by their sum.
+
+    Returns:
+        router_logits and router_probs `[tokens, N]`, top_k_weights `[tokens, K]`, float32, and top_k_index
+        `[tokens, K]`, int64, in descending order of probability; ties go to the lowest index.
+    """
+    w = weights
+    # The kernels read rows without a stride.
+    inputs = (x, w.token_proj, w.features, w.conv, w.self_weight, w.out, w.graph, w.logit_offset)
+    inputs = tuple(t if t is None else t.contiguous() for t in inputs)
+    eps = -1.0 if w.eps is None else w.eps
+    return _GraphRoute.apply(*inputs, w.residual, w.act, eps, w.graph_normalized, top_k, norm_topk_prob)
+
+
+@torch.no_grad()
+def prepare_router(weights: RouterWeights, dtype: torch.dtype) -> PreparedRouter:
+    """The token-independent terms of a router for tokens of `dtype`, without gradients; one launch.
+
+    For callers that compute the token projection themselves, see `route_from_projection`.
+    """
+    w = weights
+    none = w.token_proj.new_empty(0, w.token_proj.shape[1], dtype=dtype)
+    static, _, conv, self_weight, _ = torch.ops.graphlora.graph_route_prepare(
+        w.features.contiguous(), w.conv.contiguous(), w.self_weight, w.graph.contiguous(), w.token_proj, none,
+        w.residual, w.act, w.graph_normalized, False, False,
+    )  # fmt: skip
+    own = None if w.self_weight is None else _rounded_or(self_weight, w.self_weight)
+    return PreparedRouter(w, static, _rounded_or(conv, w.conv), own, dtype == torch.float32)
+
+
+@torch.no_grad()
+def route_from_projection(
+    z: Tensor, square_sum: Tensor | None, prepared: PreparedRouter, top_k: int, norm_topk_prob: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The part of `graph_route_triton` after the token projection, without gradients; two launches.
+
+    Args:
+        z: `x P_x^T`, `[tokens, g]`, float32; may be columns of a wider product.
+        square_sum: sum of the squares of each token, `[tokens]`, float32; None where tokens are not normalized.
+        prepared: from `prepare_router`.
+        top_k: K.
+        norm_topk_prob: divide the selected probabilities by their sum.
+
+    Returns:
+        As `graph_route_triton`.
+    """
+    w = prepared.weights
+    assert (square_sum is None) == (w.eps is None)
+    logits, probs, top_k_weights, top_k_index, _ = torch.ops.graphlora.graph_route_finish(
+        z, z.new_empty(0) if square_sum is None else square_sum, prepared.static, prepared.conv, prepared.self_weight,
+        w.out, w.logit_offset, w.features.shape[0], w.token_proj.shape[1], w.act, w.residual,
+        -1.0 if w.eps is None else w.eps, top_k, norm_topk_prob, prepared.precise,
+    )  # fmt: skip
+    return logits, probs, top_k_weights, top_k_index
+
+
+def _rounded_or(rounded: Tensor, original: Tensor) -> Tensor:
+    """The rounded copy, or the original where it needed none."""
+    return rounded if rounded.numel() else original
+
+
+class _GraphRoute(torch.autograd.Function):
+    """Joins the raw operations; gradients of logits, probabilities and weights may each be absent."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        token_proj: Tensor,
+        features: Tensor,
+        conv: Tensor,
+        self_weight: Tensor | None,
+        out: Tensor,
+        graph: Tensor,
+        logit_offset: Tensor | None,
+        residual: float,
+        act: str,
+        eps: float,
+        graph_normalized: bool,
+        top_k: int,
+        norm_topk_prob: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `graph_route_triton`."""
+        ops = torch.ops.graphlora
+        static, proj, conv_rounded, self_rounded, square_sum = ops.graph_route_prepare(
+            features, conv, self_weight, graph, token_proj, x, residual, act, graph_normalized, eps >= 0, True
+        )
+        proj, conv_used = _rounded_or(proj, token_proj), _rounded_or(conv_rounded, conv)
+        self_used = None if self_weight is None else _rounded_or(self_rounded, self_weight)
+        z = ops.graph_route_project(x, proj)
+        logits, probs, weights, index, vq = ops.graph_route_finish(
+            z, square_sum, static, conv_used, self_used, out, logit_offset, features.shape[0], x.shape[1],
+            act, residual, eps, top_k, norm_topk_prob, x.dtype == torch.float32,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x, proj, features, conv, self_weight, conv_used, self_used, out, graph, z, square_sum, vq, static,
+            probs, index,
+        )  # fmt: skip
+        ctx.settings = (residual, act, eps, norm_topk_prob, graph_normalized)
+        ctx.proj_dtype = token_proj.dtype
+        ctx.mark_non_differentiable(index)
+        ctx.set_materialize_grads(False)
+        return logits, probs, weights, index
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of all weights."""
+        grads = grad_outputs[:3]
+        if all(grad is None for grad in grads):
+            return (None,) * 14
+        wanted = ctx.needs_input_grad
+        grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph = (
+            torch.ops.graphlora.graph_route_backward(*grads, *ctx.saved_tensors, *ctx.settings, wanted[6], wanted[0])
+        )
+        return (
+            grad_x if wanted[0] else None,
+            grad_proj.to(ctx.proj_dtype),
+            grad_features,
+            grad_conv,
+            grad_self if wanted[4] else None,
+            grad_out,
+            grad_graph if wanted[6] else None,
+            *(None,) * 7,
+        )

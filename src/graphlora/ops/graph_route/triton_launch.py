@@ -1,0 +1,345 @@
+"""The raw operations of the fused graph router: launches of the kernels, registered with PyTorch.
+
+README.md counts them. All outputs are fresh tensors; an output that a call does not need is empty.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from graphlora.ops.graph_route import triton_nodes as nodes
+from graphlora.ops.graph_route import triton_static as static_part
+from graphlora.ops.graph_route import triton_tokens as tokens_part
+
+# Layer 2's inputs and gradients exist for this many bytes of tokens at a time, in backward alone.
+_SCRATCH_BYTES = 256 * 2**20
+_COPY_BLOCK, _ROWS, _ROW_BLOCK, _STATIC_COLUMNS = 4096, 4, 1024, 16
+_library = torch.library.Library("graphlora", "FRAGMENT")
+
+
+class _Tiles(NamedTuple):
+    """Tile sizes of one router shape; the names are those of the kernels' arguments."""
+
+    tokens: int
+    num_nodes: int
+    width: int
+    depth: int
+    node_warps: int
+    token_rows: int
+    precise: bool
+
+    @property
+    def row_constants(self) -> dict[str, int | bool]:
+        return {"BT": self.tokens, "NP": self.num_nodes, "G": self.width, "BK": self.depth, "PRECISE": self.precise}
+
+    @property
+    def token_constants(self) -> dict[str, int | bool]:
+        return {"BT": self.token_rows, "G": self.width, "BK": self.depth, "PRECISE": self.precise}
+
+
+def _tiles(tokens: int, num_experts: int, g: int, dtype: torch.dtype) -> _Tiles:
+    """A tile has 128 node rows, so that the next layer's weights are read once for all of them; fewer in float32."""
+    precise = dtype == torch.float32
+    num_nodes, width = triton.next_power_of_2(num_experts), max(16, triton.next_power_of_2(g))
+    rows = 64 if precise or width <= 64 else 128
+    depth = min(width, 32 if precise else 64)
+    return _Tiles(rows // num_nodes, num_nodes, width, depth, 8 if rows == 128 else 4, 16 if tokens <= 1024 else 64, precise)
+
+
+def _copied(source: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a rounded copy of a weight; empty where the weight has that dtype already."""
+    return source.new_empty(0 if source.dtype == dtype else source.shape, dtype=dtype)
+
+
+def product_float32(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32, accumulated in float32 whatever the dtype of the inputs."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def prepare(
+    features: Tensor, conv: Tensor, self_weight: Tensor | None, graph: Tensor, token_proj: Tensor, x: Tensor,
+    residual: float, act: str, graph_normalized: bool, square_sums: bool, project: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """One launch: everything that does not depend on the token, and the sums of squares of the tokens.
+
+    Args:
+        features: expert features before their activation, `[N, g]`.
+        conv: W_l, `[2, g, g]`.
+        self_weight: S_l, `[2, g, g]`, or None.
+        graph: adjacency of the experts `[N, N]`, or Â `[N + 1, N + 1]`.
+        token_proj: P_x, `[g, d]`.
+        x: `[tokens, d]`.
+        residual: a of the self term `"residual"`, else 0.
+        act: name of the activation.
+        graph_normalized: whether `graph` is Â.
+        square_sums: whether to sum the squares of each token.
+        project: whether P_x is needed in the dtype of x.
+
+    Returns:
+        static, P_x, W and S rounded for products (empty where they need no copy), sums of squares `[tokens]` or empty.
+    """
+    outputs = _prepare_fake(
+        features, conv, self_weight, graph, token_proj, x, residual, act, graph_normalized, square_sums, project
+    )
+    static, proj_rounded, conv_rounded, self_rounded, square_sum = outputs
+    num_experts, g = features.shape
+    tokens, d = x.shape
+    tiles = _tiles(tokens, num_experts, g, x.dtype)
+    blocks = [
+        triton.cdiv(g, _STATIC_COLUMNS),
+        *(triton.cdiv(t.numel(), _COPY_BLOCK) for t in (proj_rounded, conv_rounded, self_rounded)),
+        triton.cdiv(square_sum.numel(), _ROWS),
+    ]
+    static_part.prepare_kernel[(sum(blocks),)](
+        features, conv, conv if self_weight is None else self_weight, graph, static, token_proj, proj_rounded,
+        conv_rounded, self_rounded, x, square_sum, residual, tokens, d, num_experts, g,
+        blocks[0], token_proj.numel(), blocks[1], conv.numel(), blocks[2], blocks[3],
+        NQ=_padded_nodes(num_experts), BJ=_STATIC_COLUMNS, BK=min(tiles.width, 64), BR=_ROWS, BD=_ROW_BLOCK,
+        BLOCK=_COPY_BLOCK, ACT=act, SELF=self_weight is not None, RESIDUAL=residual != 0, GIVEN=graph_normalized,
+        num_warps=4,
+    )  # fmt: skip
+    return outputs
+
+
+def _padded_nodes(num_experts: int) -> int:
+    return max(16, triton.next_power_of_2(num_experts + 1))
+
+
+def _prepare_fake(
+    features: Tensor, conv: Tensor, self_weight: Tensor | None, graph: Tensor, token_proj: Tensor, x: Tensor,
+    residual: float, act: str, graph_normalized: bool, square_sums: bool, project: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    num_experts, g = features.shape
+    weights_dtype = conv.dtype if x.dtype == torch.float32 or conv.dtype != torch.float32 else torch.bfloat16
+    size = (2 * num_experts + 1) * (g + 1) + num_experts * num_experts
+    return (
+        x.new_empty(size, dtype=torch.float32),
+        _copied(token_proj, x.dtype) if project else x.new_empty(0),
+        _copied(conv, weights_dtype),
+        conv.new_empty(0) if self_weight is None else _copied(self_weight, weights_dtype),
+        x.new_empty(len(x) if square_sums else 0, dtype=torch.float32),
+    )
+
+
+def finish(
+    z: Tensor, square_sum: Tensor, static: Tensor, conv: Tensor, self_weight: Tensor | None, out: Tensor,
+    logit_offset: Tensor | None, num_experts: int, d: int, act: str, residual: float, eps: float,
+    top_k: int, norm_topk_prob: bool, precise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Two launches: from the token projection to the routing.
+
+    Args:
+        z: `x P_x^T`, `[tokens, g]`, float32; rows may have any stride.
+        square_sum: sums of squares of the tokens `[tokens]`; not read where `eps` is negative.
+        static: from `prepare`.
+        conv: W_l, in any dtype.
+        self_weight: S_l, or None.
+        out: p, `[g]`.
+        logit_offset: subtracted from the logits, `[N]`, or None.
+        num_experts: N.
+        d: width of the tokens that the squares were summed over.
+        act: name of the activation.
+        residual: a of the self term `"residual"`, else 0.
+        eps: added to the mean square; negative for no normalization.
+        top_k: K.
+        norm_topk_prob: divide the selected probabilities by their sum.
+        precise: products in float32 instead of bfloat16.
+
+    Returns:
+        router_logits and router_probs `[tokens, N]`, top_k_weights and top_k_index `[tokens, K]`, and v (and q)
+        `[tokens, g or 2 g]`.
+    """
+    outputs = _finish_fake(
+        z, square_sum, static, conv, self_weight, out, logit_offset, num_experts, d, act, residual, eps,
+        top_k, norm_topk_prob, precise,
+    )  # fmt: skip
+    logits, probs, weights, index, vq = outputs
+    tokens, g = z.shape
+    if tokens == 0:
+        return outputs
+    has_self = self_weight is not None
+    own = conv if self_weight is None else self_weight
+    tiles = _tiles(tokens, num_experts, g, torch.float32 if precise else torch.bfloat16)
+    block = min(tiles.width, 64)
+    tokens_part.tokens_forward_kernel[(triton.cdiv(tokens, tiles.token_rows), triton.cdiv(g, block), 1 + has_self)](
+        z, square_sum, conv, own, vq, tokens, d, eps, z.stride(0), g,
+        BJ=block, ACT=act, SELF=has_self, NORM=eps >= 0, num_warps=4, **tiles.token_constants,
+    )  # fmt: skip
+    nodes.nodes_forward_kernel[(triton.cdiv(tokens, tiles.tokens),)](
+        static, vq, conv, own, out, out if logit_offset is None else logit_offset, logits, probs, weights, index,
+        tokens, num_experts, g, K=top_k, KP=triton.next_power_of_2(top_k), ACT=act, SELF=has_self,
+        RESIDUAL=residual != 0, OFFSET=logit_offset is not None, NORMALIZE=norm_topk_prob,
+        num_warps=tiles.node_warps, num_stages=2, **tiles.row_constants,
+    )  # fmt: skip
+    return outputs
+
+
+def _finish_fake(
+    z: Tensor, square_sum: Tensor, static: Tensor, conv: Tensor, self_weight: Tensor | None, out: Tensor,
+    logit_offset: Tensor | None, num_experts: int, d: int, act: str, residual: float, eps: float,
+    top_k: int, norm_topk_prob: bool, precise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens, g = z.shape
+    logits = z.new_empty(tokens, num_experts)
+    weights = z.new_empty(tokens, top_k)
+    vq = z.new_empty(tokens, g if self_weight is None else 2 * g)
+    return logits, torch.empty_like(logits), weights, torch.empty_like(weights, dtype=torch.int64), vq
+
+
+def backward(
+    grad_logits: Tensor | None, grad_probs: Tensor | None, grad_weights: Tensor | None,
+    x: Tensor, proj: Tensor, features: Tensor, conv: Tensor, self_weight: Tensor | None,
+    conv_rounded: Tensor, self_rounded: Tensor | None, out: Tensor, graph: Tensor,
+    z: Tensor, square_sum: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
+    residual: float, act: str, eps: float, norm_topk_prob: bool, graph_normalized: bool, graph_grad: bool, x_grad: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, P_x, the expert features, W, S, p and Â; empty where not asked for. Ten launches with all.
+
+    `proj`, `conv_rounded` and `self_rounded` are as the products of the forward pass took them.
+    """
+    outputs = _backward_fake(
+        grad_logits, grad_probs, grad_weights, x, proj, features, conv, self_weight, conv_rounded, self_rounded,
+        out, graph, z, square_sum, vq, static, probs, index, residual, act, eps, norm_topk_prob, graph_normalized,
+        graph_grad, x_grad,
+    )  # fmt: skip
+    grad_x, _, grad_features, grad_conv, grad_self, grad_out, _ = outputs
+    (tokens, d), (num_experts, g) = x.shape, features.shape
+    has_self = self_weight is not None
+    own_rounded = conv_rounded if self_rounded is None else self_rounded
+    tiles = _tiles(tokens, num_experts, g, x.dtype)
+    if tokens == 0:
+        return tuple(t.zero_() for t in outputs)
+    common = {"ACT": act, "SELF": has_self}
+    grad_vq, second_layer, sums, edges = _node_gradients(
+        grad_logits, grad_probs, grad_weights, conv_rounded, own_rounded, out, vq, static, probs, index,
+        tiles, residual, norm_topk_prob, graph_grad, common,
+    )  # fmt: skip
+    token_features = torch.empty_like(grad_vq[:, :g], memory_format=torch.contiguous_format)
+    grad_z = x.new_empty(tokens, g)
+    pull = torch.empty_like(square_sum)
+    tokens_part.tokens_backward_kernel[(triton.cdiv(tokens, tiles.token_rows),)](
+        z, square_sum, conv_rounded, own_rounded, grad_vq, token_features, grad_z, pull, tokens, d, eps, g,
+        NORM=eps >= 0, num_warps=8 if tiles.width > 64 and tiles.token_rows > 16 else 4,
+        **common, **tiles.token_constants,
+    )  # fmt: skip
+    first_layer = product_float32(grad_vq.T, token_features)
+    blocks = triton.cdiv(g, _STATIC_COLUMNS)
+    grad_mixing = z.new_empty(blocks if graph_grad else 0, num_experts + 1, num_experts)
+    static_part.static_backward_kernel[(blocks,)](
+        features, conv, conv if self_weight is None else self_weight, graph, sums, first_layer, second_layer,
+        grad_features, grad_conv, grad_self, grad_out, grad_mixing, residual, num_experts, g, len(sums),
+        NQ=_padded_nodes(num_experts), BI=_STATIC_COLUMNS, BK=min(tiles.width, 64), RESIDUAL=residual != 0,
+        GIVEN=graph_normalized, EDGES=graph_grad, num_warps=4, **common,
+    )  # fmt: skip
+    grad_graph = _graph_gradient(edges, grad_mixing.sum(dim=0), num_experts, residual) if graph_grad else outputs[6]
+    if x_grad:
+        block = 64 if tiles.precise else 128
+        tokens_part.input_gradient_kernel[(triton.cdiv(d, block), triton.cdiv(tokens, block))](
+            grad_z, proj, pull, x, grad_x, tokens, d, g, BT=block, BD=block, G=tiles.width, BK=tiles.depth,
+            NORM=eps >= 0, PRECISE=tiles.precise, num_warps=8, num_stages=2,
+        )  # fmt: skip
+    grad_proj = product_float32(grad_z.T, x)
+    return grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph
+
+
+def _node_gradients(
+    grad_logits: Tensor | None, grad_probs: Tensor | None, grad_weights: Tensor | None,
+    conv: Tensor, own: Tensor, out: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
+    tiles: _Tiles, residual: float, norm_topk_prob: bool, graph_grad: bool, common: dict[str, str | bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of v (and q), of layer 2's weights, of c, p and the residual's rows, and of the graph."""
+    (tokens, num_experts), (width, g) = probs.shape, (vq.shape[1], out.shape[0])
+    dtype = torch.float32 if tiles.precise else torch.bfloat16
+    rows = 2 * num_experts + 2 if residual else num_experts + 2
+    num_tiles = triton.cdiv(tokens, tiles.tokens)
+    grad_vq = torch.empty_like(vq, dtype=dtype)
+    partial = vq.new_empty(num_tiles, rows, g)
+    edges = vq.new_empty(num_tiles if graph_grad else 0, num_experts * num_experts + 2 * num_experts + 1)
+    per_tile = tiles.tokens * num_experts * (width + g) * dtype.itemsize
+    step = max(_SCRATCH_BYTES // per_tile, 1) * tiles.tokens
+    second_layer = None
+    for first in range(0, tokens, step):
+        end = min(first + step, tokens)
+        features = vq.new_empty((end - first) * num_experts, width, dtype=dtype)
+        grad_rows = vq.new_empty((end - first) * num_experts, g, dtype=dtype)
+        nodes.nodes_backward_kernel[(triton.cdiv(end - first, tiles.tokens),)](
+            static, vq, conv, own, out, probs, index,
+            *(probs if t is None else t.contiguous() for t in (grad_logits, grad_probs, grad_weights)),
+            grad_vq, grad_rows, features, partial, edges, first, end, num_experts, g, rows,
+            K=index.shape[1], RESIDUAL=residual != 0, LOGITS=grad_logits is not None, PROBS=grad_probs is not None,
+            WEIGHTS=grad_weights is not None, NORMALIZE=norm_topk_prob, EDGES=graph_grad,
+            num_warps=tiles.node_warps, num_stages=2, **common, **tiles.row_constants,
+        )  # fmt: skip
+        share = product_float32(grad_rows.T, features)
+        second_layer = share if second_layer is None else second_layer + share
+    assert second_layer is not None
+    return grad_vq, second_layer, partial.sum(dim=0), edges
+
+
+def _graph_gradient(edges: Tensor, grad_mixing: Tensor, num_experts: int, residual: float) -> Tensor:
+    """Gradient of Â from its three uses: layer 1's mixing and alpha, and the later layer's mix and link."""
+    square = num_experts * num_experts
+    mix, link, alpha = edges.sum(dim=0).split([square, num_experts, num_experts + 1])
+    total = torch.cat([grad_mixing, alpha[:, None]], dim=1)
+    total[:num_experts] += torch.cat([mix.view(num_experts, num_experts), link[:, None]], dim=1)
+    return total * (1 - residual)
+
+
+def _backward_fake(
+    grad_logits: Tensor | None, grad_probs: Tensor | None, grad_weights: Tensor | None,
+    x: Tensor, proj: Tensor, features: Tensor, conv: Tensor, self_weight: Tensor | None,
+    conv_rounded: Tensor, self_rounded: Tensor | None, out: Tensor, graph: Tensor,
+    z: Tensor, square_sum: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
+    residual: float, act: str, eps: float, norm_topk_prob: bool, graph_normalized: bool, graph_grad: bool, x_grad: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    nodes_and_token = features.shape[0] + 1
+    return (
+        x.new_empty(x.shape if x_grad else (0,)),
+        x.new_empty(features.shape[1], x.shape[1], dtype=torch.float32),
+        torch.empty_like(features, memory_format=torch.contiguous_format),
+        torch.empty_like(conv, memory_format=torch.contiguous_format),
+        conv.new_empty(0 if self_weight is None else self_weight.shape),
+        torch.empty_like(out, memory_format=torch.contiguous_format),
+        x.new_empty((nodes_and_token, nodes_and_token) if graph_grad else (0,), dtype=torch.float32),
+    )
+
+
+_library.define(
+    "graph_route_prepare(Tensor features, Tensor conv, Tensor? self_weight, Tensor graph, Tensor token_proj, Tensor x, "
+    "float residual, str act, bool graph_normalized, bool square_sums, bool project) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "graph_route_finish(Tensor z, Tensor square_sum, Tensor static, Tensor conv, Tensor? self_weight, Tensor out, "
+    "Tensor? logit_offset, int num_experts, int d, str act, float residual, float eps, int top_k, bool norm_topk_prob, "
+    "bool precise) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "graph_route_backward(Tensor? grad_logits, Tensor? grad_probs, Tensor? grad_weights, Tensor x, Tensor proj, "
+    "Tensor features, Tensor conv, Tensor? self_weight, Tensor conv_rounded, Tensor? self_rounded, Tensor out, "
+    "Tensor graph, Tensor z, Tensor square_sum, Tensor vq, Tensor static, Tensor probs, Tensor index, float residual, "
+    "str act, float eps, bool norm_topk_prob, bool graph_normalized, bool graph_grad, bool x_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define("graph_route_project(Tensor x, Tensor proj) -> Tensor")
+for _name, _run, _fake in (
+    ("graph_route_prepare", prepare, _prepare_fake),
+    ("graph_route_finish", finish, _finish_fake),
+    ("graph_route_backward", backward, _backward_fake),
+    (
+        "graph_route_project",
+        lambda x, proj: product_float32(x, proj.T),
+        lambda x, proj: x.new_empty(len(x), len(proj), dtype=torch.float32),
+    ),
+):
+    for _device in ("CUDA", "CPU"):
+        _library.impl(_name, _run, _device)
+    torch.library.register_fake(f"graphlora::{_name}", _fake)
