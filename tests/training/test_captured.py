@@ -44,7 +44,10 @@ def batches(device, steps: int, accumulation: int):
         ]
         total = sum((part["labels"][:, 1:] != -100).sum() for part in parts)
         made.append(
-            [{**{k: v.to(device) for k, v in part.items()}, "num_items_in_batch": total.to(device)} for part in parts]
+            [
+                {**{k: v.to(device) for k, v in part.items()}, "num_items_in_batch": total.to(device)}
+                for part in parts
+            ]
         )
     return made
 
