@@ -144,6 +144,6 @@ def test_a_failed_forward_leaves_nothing_open():
     model, batch = make_model(), make_batch([6, 3])
     with pytest.raises(TypeError):
         model(**batch, no_such_argument_of_attention=object(), position_ids="wrong")
-    assert model.base_model.recorder.record is None
+    assert not model.base_model.recorder.is_open
     assert model.get_base_model().config.output_router_logits is True
     assert model(**batch).aux_loss > 0

@@ -7,7 +7,7 @@ from torch import nn
 from graphlora.tuner.auxiliary import auxiliary_loss
 from graphlora.tuner.ffn import take_apart
 from graphlora.tuner.layer import GraphLoraLayer
-from graphlora.tuner.record import Recorder, RoutingRecord
+from graphlora.tuner.record import Recorder
 
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 ADAPTER = "default"
@@ -52,9 +52,9 @@ class Block:
             self.coordination.normal_scale_bias.copy_(recorded["theta"][0] - s.num_experts / 2)
             self.coordination.cumulative_weights.copy_(recorded["count_before"])
         self.x = recorded["input"].clone().requires_grad_()
-        recorder.record = RoutingRecord(training=True)
+        recorder.open([self.layer], training=True)
         self.output = self.layer(self.x)
-        self.record, recorder.record = recorder.record, None
+        self.record = recorder.close()
         self.routing = self.record.entries[0][1]
 
     def aux_loss(self):

@@ -121,6 +121,9 @@ def test_scores_carry_no_surprise(make_adapted, tokens):
     assert len(outputs.scores) == 6
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # PyTorch's own tracer does it
 def test_traced_model_runs(make_llama, make_config, fill_adapter, tokens):
     """`torch.compile` with the tracer alone, which needs no C++ compiler."""
     model = peft.get_peft_model(make_llama(num_hidden_layers=1), make_config()).eval()

@@ -17,7 +17,15 @@ from graphlora.graph import twin_experts
 from graphlora.moe import MoeSettings, moe_ffn
 from graphlora.ops.backend import resolve_backend
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn
-from graphlora.router import CenteredRouter, GraphRouter, LinearRouter, build_adjacency, select_experts
+from graphlora.ops.lora_linear import add_low_rank, lora_linear, plain_matrix
+from graphlora.router import (
+    CenteredRouter,
+    GraphRouter,
+    LinearRouter,
+    Routing,
+    build_adjacency,
+    select_experts,
+)
 from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.coordination import Coordination
 from graphlora.tuner.ffn import FfnParts, features
@@ -25,6 +33,9 @@ from graphlora.tuner.record import Recorder
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _TRL_REFERENCE = "ref"
+_KERNEL_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+# Asked while a layer is traced; its answer, and its warning, belong to the traced code.
+_resolve_backend = torch.compiler.assume_constant_result(resolve_backend)
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
@@ -47,12 +58,16 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Name of the active adapter that this layer holds, or None where the base layer runs alone."""
         if self.disable_adapters:
             return None
-        names = [name for name in self.active_adapters if name in adapters]
-        if len(names) > 1:
-            raise GraphLoraError(
-                f"GraphLoRA runs one adapter at a time, but {names} are active; call set_adapter with one name."
-            )
-        return names[0] if names else None
+        found = None
+        for name in self.active_adapters:
+            if name in adapters:
+                if found is not None:
+                    raise GraphLoraError(
+                        f"GraphLoRA runs one adapter at a time, but {found} and {name} are active; "
+                        "call set_adapter with one name."
+                    )
+                found = name
+        return found
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: see `unmergeable`."""
@@ -103,6 +118,10 @@ class GraphLoraLayer(TunerLayer):
         block_index: its position among the adapted blocks; seeds its random graph.
         side: `"encoder"` or `"decoder"`: which attention mask belongs to its tokens.
         recorder: where routing is recorded.
+
+    Attributes:
+        routings: what the recorder keeps of this block while a forward is recorded.
+        unsupported: by adapter, what the Triton kernels cannot do of this block (see `resolve_backend`).
     """
 
     adapter_layer_names = (
@@ -124,6 +143,8 @@ class GraphLoraLayer(TunerLayer):
         self.parts = parts
         self.ffn = FrozenFfn(parts.project_in, parts.project_out, parts.act)
         self.block_index, self.side, self.recorder = block_index, side, recorder
+        self.routings: list[Routing] = []
+        self.unsupported: dict[str, str | None] = {}
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
 
@@ -141,10 +162,21 @@ class GraphLoraLayer(TunerLayer):
             num_experts, config.poisson_rate_form, config.normal_scale_form
         )
         self._copy_state_for_reference(adapter_name, config)
+        self.unsupported[adapter_name] = self._kernels_lack(config)
         self.configs[adapter_name] = config
         self.scaling[adapter_name] = alpha / r
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _kernels_lack(self, config: GraphLoraConfig) -> str | None:
+        """What the Triton kernels do not support of this block, as the end of a sentence."""
+        if config.expert_granularity == "linear":
+            return None
+        if not self.parts.gated:
+            return "FFN blocks without a gate"
+        if self.parts.act.name not in _KERNEL_ACTIVATIONS:
+            return f"the activation {self.parts.act.name or type(self.parts.act.act).__name__}"
+        return None
 
     def _copy_state_for_reference(self, adapter_name: str, config: GraphLoraConfig) -> None:
         """Copies graph, features and running state into the frozen reference that TRL makes of a trained adapter.
@@ -210,7 +242,6 @@ class GraphLoraLayer(TunerLayer):
             return []
         return twin_experts(router.adjacency)
 
-    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Adapted output of the block, same shape and dtype as the base block's.
 
@@ -224,7 +255,7 @@ class GraphLoraLayer(TunerLayer):
             return self.base_layer(hidden_states, *args, **kwargs)
         config = self.configs[name]
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        backend = resolve_backend(config.backend)
+        backend = _resolve_backend(config.backend, x.device.type, self.unsupported[name])
         # The router sees the token as it comes, before autocast rounds it.
         logits = self.router(name)(x, backend)
         routing = select_experts(logits, config.top_k, config.norm_topk_prob)
@@ -291,15 +322,17 @@ class GraphLoraLinear(TunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`W x + s B A dropout(x)`."""
-        result = self.base_layer(x, *args, **kwargs)
         name = self.active_name(self.graphlora_attention)
         if name is None:
-            return result
+            return self.base_layer(x, *args, **kwargs)
         lora_A, lora_B = cast(LoraPair, self.graphlora_attention[name])()
-        config = self.configs[name]
-        dropped = nn.functional.dropout(x, config.lora_dropout, self.training).to(result.dtype)
-        low = dropped @ lora_A.to(result.dtype).T
-        return result + (self.scaling[name] * low) @ lora_B.to(result.dtype).T
+        scaling, dropout = self.scaling[name], self.configs[name].lora_dropout if self.training else 0.0
+        matrix = plain_matrix(self.base_layer, x) if dropout == 0.0 else None
+        if matrix is not None:
+            return lora_linear(x, *matrix, lora_A, lora_B, scaling)
+        result = self.base_layer(x, *args, **kwargs)
+        x = nn.functional.dropout(x, dropout) if dropout else x
+        return add_low_rank(result, x, lora_A, lora_B, scaling)
 
 
 def _from_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:

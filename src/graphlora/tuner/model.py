@@ -22,7 +22,7 @@ from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.layer import GraphLoraLayer, GraphLoraLinear, TunerLayer, unmergeable
 from graphlora.tuner.masks import named_arguments, share_of_batch, token_masks
 from graphlora.tuner.outputs import AUX_FIELDS, with_aux
-from graphlora.tuner.record import Recorder, RoutingRecord
+from graphlora.tuner.record import Recorder, RoutingRecord, let_checkpointed_layers_record
 
 _MISSING = object()
 
@@ -50,7 +50,8 @@ class GraphLoraModel(BaseTuner):
         nn.Module.__init__(self)
         self.recorder = Recorder()
         self._saved_config: dict[str, Any] = {}
-        self._wanted = True
+        self._wanted = self._counts = True
+        self._blocks: list[GraphLoraLayer] | None = None
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -118,6 +119,7 @@ class GraphLoraModel(BaseTuner):
             ffn.check_parts(parts, current_key)
             block_index = sum(isinstance(m, GraphLoraLayer) for m in self.model.modules())
             new = GraphLoraLayer(parts, current_key, block_index, self._side(current_key), self.recorder)
+            self._blocks = None
         new.update_layer(adapter_name, peft_config, inference)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
@@ -148,8 +150,11 @@ class GraphLoraModel(BaseTuner):
             )
 
     def _layers(self, adapter_name: str | None = None) -> list[GraphLoraLayer]:
-        layers = [m for m in self.model.modules() if isinstance(m, GraphLoraLayer)]
-        return layers if adapter_name is None else [m for m in layers if adapter_name in m.graphlora_up_proj]
+        if self._blocks is None:
+            self._blocks = [m for m in self.model.modules() if isinstance(m, GraphLoraLayer)]
+        if adapter_name is None:
+            return self._blocks
+        return [layer for layer in self._blocks if adapter_name in layer.graphlora_up_proj]
 
     # --- the auxiliary loss --------------------------------------------------------------------------------------
 
@@ -185,6 +190,17 @@ class GraphLoraModel(BaseTuner):
                 setattr(owner, name, value)
         self._saved_config.clear()
 
+    def begin_step(self) -> None:
+        """What must happen once per optimizer step, before its first training forward: the routers' centering moves.
+
+        Every training forward calls this by itself, and only the first call after an optimizer step does anything. A
+        forward that is replayed as a CUDA graph runs no Python, so whoever replays it calls this before.
+        """
+        for layer in self._layers():
+            name = layer.active_name(layer.graphlora_up_proj)
+            if name is not None:
+                layer.router(name).begin_update()
+
     @torch.compiler.disable
     def _before_forward(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -198,26 +214,27 @@ class GraphLoraModel(BaseTuner):
             config.output_router_logits = False
         layers = self._layers()
         enabled = bool(layers) and bool(self.active_adapters) and not layers[0].disable_adapters
-        decoding = not torch.is_grad_enabled() and kwargs.get("past_key_values") is not None
-        training = enabled and self.training and torch.is_grad_enabled()
-        self.recorder.record = RoutingRecord(training) if enabled and not decoding else None
+        with_gradients = torch.is_grad_enabled()
+        self._counts = enabled and (with_gradients or kwargs.get("past_key_values") is None)
+        training = self._counts and self.training and with_gradients
+        if self._counts or (enabled and self.recorder.watched is not None):
+            self.recorder.open(layers, training)
         if training:
-            for layer in layers:
-                name = layer.active_name(layer.graphlora_up_proj)
-                if name is not None:
-                    layer.router(name).begin_update()
+            let_checkpointed_layers_record()
+            if not _is_capturing():
+                self.begin_step()
         return args, kwargs
 
     @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
         """Adds the auxiliary loss to the outputs, and to the loss in training."""
-        record, self.recorder.record = self.recorder.record, None
+        record = self.recorder.close()
         config = _text_config(module)
         if config is not None:
             config.output_router_logits = self._wanted
         if outputs is None:
             return outputs
-        if record is None:
+        if record is None or not self._counts:
             return (
                 with_aux(outputs, _zero_beside(outputs), ()) if isinstance(outputs, ModelOutput) else outputs
             )
@@ -294,6 +311,7 @@ class GraphLoraModel(BaseTuner):
         model = super()._unload_and_optionally_merge(False, *args, **kwargs)
         for hook in self._hooks:
             hook.remove()
+        self._blocks = None
         self._restore_config()
         ffn.restore_inline_ffns(self.model)
         return model
@@ -328,6 +346,11 @@ def _join(
     if record.training and isinstance(loss, Tensor):
         outputs.loss = loss + (share * aux_loss).to(loss.device, loss.dtype)
     return with_aux(outputs, aux_loss, tuple(routing.router_logits for _, routing in record.entries))
+
+
+def _is_capturing() -> bool:
+    """Whether what runs now is recorded into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _zero_beside(outputs: ModelOutput) -> Tensor:

@@ -1,0 +1,136 @@
+"""A frozen linear layer with one low-rank pair: `W x + s B A x`, in as few calls as there are matrix products.
+
+The pair's weights may be float32 beside a half-precision layer. Each is cast once, and every product runs in the dtype
+of the layer. Beside the frozen layer this takes 2 casts and 2 products forward, 4 products and 2 casts backward: the
+scaling is a factor of a product, and where the layer is a plain matrix, both sums (of the outputs, and of the two
+gradients of x) are accumulated by the second product in place. First-order gradients only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def add_low_rank(result: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """`result + s B A x`, for any frozen layer (quantized, sharded, offloaded) that gave `result`.
+
+    Args:
+        result: `[..., out]`, floating point; decides the dtype of the products.
+        x: `[..., in]`.
+        lora_A: `[r, in]`.
+        lora_B: `[out, r]`.
+        scaling: s = lora_alpha / r.
+
+    Returns:
+        `[..., out]` in the dtype of `result`.
+    """
+    with torch.autocast(result.device.type, enabled=False):
+        return _AddLowRank.apply(result, x.to(result.dtype), lora_A, lora_B, scaling)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """`W x + b + s B A x` for a plain frozen matrix; no gradients for `weight` and `bias`.
+
+    Args:
+        x: `[..., in]`.
+        weight: `[out, in]`, in the dtype of `x`.
+        bias: `[out]` or None.
+        lora_A: `[r, in]`.
+        lora_B: `[out, r]`.
+        scaling: s = lora_alpha / r.
+
+    Returns:
+        `[..., out]` in the dtype of `x`.
+    """
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling)
+
+
+def plain_matrix(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """`(weight, bias)` where calling the frozen layer on `x` is the product with them and nothing else; else None.
+
+    None for quantized and sharded weights, trained ones, hooks, a replaced `forward`, autocast and mixed dtypes.
+    """
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return None
+    weight, bias = layer.weight, layer.bias
+    if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype != x.dtype:
+        return None
+    if bias is not None and (bias.requires_grad or bias.dtype != x.dtype):
+        return None
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return None
+    return None if torch.is_autocast_enabled(x.device.type) else (weight, bias)
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, result: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
+        rows, A, B = x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype), lora_B.to(x.dtype)
+        low = rows @ A.T
+        out = torch.addmm(result.reshape(-1, result.shape[-1]), low, B.T, alpha=scaling)
+        ctx.save_for_backward(rows, low, A, B)
+        ctx.scaling, ctx.dtypes = scaling, (lora_A.dtype, lora_B.dtype)
+        return out.view(result.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low, A, B = ctx.saved_tensors
+        grad = grad_outputs[0].reshape(-1, B.shape[0])
+        d_low, d_A, d_B = _weight_gradients(grad, rows, low, B, ctx.scaling, ctx.dtypes)
+        d_x = (d_low @ A).view(*grad_outputs[0].shape[:-1], -1) if ctx.needs_input_grad[1] else None
+        return grad_outputs[0], d_x, d_A, d_B, None
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        rows, A, B = x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype), lora_B.to(x.dtype)
+        low = rows @ A.T
+        out = nn.functional.linear(rows, weight, bias).addmm_(low, B.T, alpha=scaling)
+        ctx.save_for_backward(rows, weight, low, A, B)
+        ctx.scaling, ctx.dtypes = scaling, (lora_A.dtype, lora_B.dtype)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, low, A, B = ctx.saved_tensors
+        grad = grad_outputs[0].reshape(-1, B.shape[0])
+        d_low, d_A, d_B = _weight_gradients(grad, rows, low, B, ctx.scaling, ctx.dtypes)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = (grad @ weight).addmm_(d_low, A).view(*grad_outputs[0].shape[:-1], -1)
+        return d_x, None, None, d_A, d_B, None
+
+
+def _weight_gradients(
+    grad: Tensor,
+    rows: Tensor,
+    low: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `low` (in the dtype of the products), A and B (in their own)."""
+    d_low = _scaled_product(grad, B, scaling)
+    d_B = _scaled_product(grad.T, low, scaling)
+    return d_low, (d_low.T @ rows).to(dtypes[0]), d_B.to(dtypes[1])
+
+
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`scaling * a @ b` in one call."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)

@@ -1,0 +1,135 @@
+"""`torch.compile`: decoder layers without a graph break, no recompilation per step, the same losses and gradients."""
+
+import pytest
+import torch
+from tiny_llama import adapter_state, assert_same, gradients, make_base, make_batch, make_model
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+pytestmark = [
+    # What PyTorch's own tracer does with an autograd.Function, and with a tensor that a graph break hands on.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+# Hooks of the whole model run uncompiled, and PEFT's and transformers' own wrappers around it break.
+OUTSIDE_OF_LAYERS = (
+    "_before_forward",
+    "_after_forward",
+    "dict_itemiterator",
+    "dict_keyiterator",
+    "requires_grad_",
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model):
+    """The compiled model, and its count of compiled frames."""
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(model, backend=counter), counter
+
+
+def assert_no_break_in_layers():
+    for reason in counters["graph_break"]:
+        assert any(name in reason for name in OUTSIDE_OF_LAYERS), reason
+
+
+def train(model, forward, batches, lr=0.1):
+    """Losses, and the gradients of the last step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = forward(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+    return {"losses": torch.stack(losses), **gradients(model), **adapter_state(model)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"backend": "torch", "expert_granularity": "linear", "router_type": "linear"},
+        {"backend": "torch", "edge_init": "learned", "router_self_term": "weight", "top_k": 1},
+    ],
+    ids=["default", "linear", "learned"],
+)
+def test_training_equals_the_uncompiled_model(options):
+    batches = [make_batch([6, 9, 4], seed=seed) for seed in range(3)]
+    plain = make_model(base=make_base(num_hidden_layers=1), **options)
+    expected = train(plain, plain, batches)
+    model = make_model(base=make_base(num_hidden_layers=1), **options)
+    forward, counter = compiled(model)
+    found = train(model, forward, batches)
+    assert_same(expected, found, 1e-5)
+    assert counter.frame_count == 1
+    assert_no_break_in_layers()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["torch", "linear granularity"])
+def test_one_decoder_layer_is_one_graph(training, name):
+    model = make_model(expert_granularity="ffn" if name == "torch" else "linear").train(training)
+    inner = model.get_base_model().model
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    position = inner.rotary_emb(x, torch.arange(5)[None])
+    model.base_model.recorder.open(model.base_model._layers(), training)
+    layer = torch.compile(inner.layers[0], backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(training):
+        found = layer(x, position_embeddings=position)
+        record = model.base_model.recorder.close()
+        expected = inner.layers[0](x, position_embeddings=position)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(record.entries) == 1
+    assert record.entries[0][1].router_logits.requires_grad == training
+
+
+def test_checkpointed_layers_are_compiled_too():
+    def checkpointed():
+        model = make_model(base=make_base(num_hidden_layers=1))
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    batches = [make_batch([6, 9, 4], seed=seed) for seed in range(2)]
+    plain = checkpointed()
+    expected = train(plain, plain, batches)
+    model = checkpointed()
+    forward, counter = compiled(model)
+    assert_same(expected, train(model, forward, batches), 1e-5)
+    checkpoints = [
+        node for graph in counter.graphs for node in graph.graph.nodes if "checkpoint" in str(node.target)
+    ]
+    assert len(checkpoints) == 1
+    assert_no_break_in_layers()
+
+
+@torch.no_grad()
+def test_evaluation_equals_the_uncompiled_model():
+    model = make_model(base=make_base(num_hidden_layers=1)).eval()
+    forward, counter = compiled(model)
+    for seed in range(2):
+        batch = make_batch([6, 9, 4], seed=seed)
+        expected, found = model(**batch), forward(**batch)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+    assert_no_break_in_layers()
+
+
+def test_watching_a_compiled_model():
+    model, batch = make_model(), make_batch([6, 3])
+    forward, _ = compiled(model)
+    with model.base_model.record_routing() as record:
+        out = forward(**batch)
+    assert list(record) == [layer.block_name for layer in model.base_model._layers()]
+    for routing, logits in zip(record.values(), out.router_logits, strict=True):
+        assert torch.equal(routing.router_logits, logits)
