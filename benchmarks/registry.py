@@ -1,0 +1,208 @@
+"""What is measured: suites of cases. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.shapes import EIGHT_BILLION, LLAMA3_8B, LLAMA3_70B, MEDIUM, SMOLLM2, TINY, Shape
+
+
+@dataclass(frozen=True)
+class Case:
+    """One unit of work of the runner: its candidates are interleaved in one process.
+
+    Attributes:
+        suite: name of its suite.
+        name: unique within the suite.
+        params: what the suite's `measure` gets.
+        seconds: about how long it takes on an H200, kernels' compilation included.
+    """
+
+    suite: str
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases that one module measures.
+
+    Attributes:
+        name: as in `Case.suite`; the module is `benchmarks.suites.<name>`.
+        cases: in the order of their importance.
+        tiny: the same with sizes for a CPU, in seconds.
+        device: `"cuda"` where tiny cases need a GPU too, `"cpu"` where the suite is about the CPU, else `"any"`.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    tiny: tuple[Case, ...]
+    device: str = "any"
+
+
+def _ffn_case(shape: Shape, r: int, tokens: int, skew: str, more: bool, seconds: float) -> Case:
+    name = f"{shape.name} r{r} T{tokens} {skew}"
+    candidates = ["frozen", "peft_float32", "peft_bfloat16", "triton"]
+    if more:
+        candidates += ["triton_layer", "torch", "torch_compiled", "eager", "loop", "expanded"]
+    params = {"shape": shape.name, "r": r, "tokens": tokens, "skew": skew, "candidates": candidates}
+    return Case("ffn", name, params, seconds)
+
+
+def _ffn_cases() -> tuple[Case, ...]:
+    first = [
+        _ffn_case(shape, 8, 8192, skew, True, 60)
+        for skew in ("balanced", "skewed")
+        for shape in EIGHT_BILLION
+    ]
+    rest = [
+        _ffn_case(shape, r, tokens, skew, False, 12)
+        for tokens in (8192, 1024, 16384)
+        for r in (8, 16, 2)
+        for skew in ("balanced", "skewed")
+        for shape in EIGHT_BILLION
+        if (r, tokens) != (8, 8192)
+    ]
+    return (*first, *rest)
+
+
+_STEP_CANDIDATES = (
+    "frozen",
+    "peft_bfloat16_r16",
+    "peft_float32_r16",
+    "peft_float32_dropout_r16",
+    "peft_sized",
+    "triton_r16",
+    "triton_r8",
+    "triton_dropout_r16",
+    "torch_r8",
+    "eager_r8",
+    "loop_r8",
+)
+
+
+def _step_case(shape: Shape, seconds: float) -> Case:
+    params = {
+        "shape": shape.name,
+        "layers": 8,
+        "batch": 8,
+        "length": 512,
+        "candidates": list(_STEP_CANDIDATES),
+    }
+    return Case("step", f"{shape.name} 8 layers 8x512", params, seconds)
+
+
+def _full_case(shape: Shape) -> Case:
+    candidates = ["frozen", "peft_bfloat16_r16", "peft_float32_dropout_r16", "triton_r16", "triton_r8"]
+    params = {
+        "shape": shape.name,
+        "layers": shape.num_layers,
+        "batch": 8,
+        "length": 1024,
+        "candidates": candidates,
+    }
+    return Case("step", f"{shape.name} all layers 8x1024", params, 100)
+
+
+_FULL = tuple(_full_case(shape) for shape in EIGHT_BILLION)
+_STEP = tuple(_step_case(shape, 80) for shape in EIGHT_BILLION)
+_FFN_TINY = _ffn_case(TINY, 2, 24, "skewed", True, 1)
+_STEP_TINY = Case(
+    "step",
+    "tiny 2 layers 2x16",
+    {"shape": "tiny", "layers": 2, "batch": 2, "length": 16, "candidates": list(_STEP_CANDIDATES)},
+)
+
+
+def _shaped(suite: str, shapes: tuple[Shape, ...], seconds: float, **params: Any) -> tuple[Case, ...]:
+    label = " ".join(f"{key[0].upper() if key == 'tokens' else key}{value}" for key, value in params.items())
+    return tuple(
+        Case(suite, f"{shape.name} {label}", {"shape": shape.name, **params}, seconds) for shape in shapes
+    )
+
+
+def _cpu_cases(tokens: tuple[int, ...]) -> tuple[Case, ...]:
+    return tuple(case for t in tokens for case in _shaped("cpu", (SMOLLM2, MEDIUM), 30, r=8, tokens=t))
+
+
+def _small_case(mode: str, seconds: float, candidates: list[str]) -> Case:
+    params = {"shape": SMOLLM2.name, "batch": 16, "length": 128, "candidates": candidates}
+    return Case("small", f"{SMOLLM2.name} 16x128 {mode}", params, seconds)
+
+
+_SMALL = (
+    _small_case(
+        "graphs",
+        70,
+        ["frozen", "peft", "peft_bfloat16", "peft_graph", "triton", "triton_graph", "torch_graph", "eager"],
+    ),
+    _small_case("compiled", 200, ["peft", "peft_compiled", "triton_graph", "triton_compiled"]),
+)
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "ceilings",
+            (Case("ceilings", "gemm and copy", {"size": 8192}, 5),),
+            (Case("ceilings", "gemm and copy", {"size": 64}),),
+        ),
+        Suite("ffn", _ffn_cases(), (_FFN_TINY,)),
+        Suite("step", (*_STEP, *_FULL), (_STEP_TINY,)),
+        Suite(
+            "saved",
+            _shaped("saved", EIGHT_BILLION, 10, r=8, tokens=8192),
+            _shaped("saved", (TINY,), 1, r=2, tokens=24),
+        ),
+        Suite(
+            "router",
+            (
+                *_shaped("router", (LLAMA3_8B,), 15, width=64, tokens=8192),
+                *_shaped("router", (LLAMA3_8B,), 15, width=256, tokens=8192),
+            ),
+            _shaped("router", (TINY,), 1, width=8, tokens=24),
+        ),
+        Suite(
+            "launches",
+            _shaped("launches", EIGHT_BILLION, 15, r=8, tokens=8192),
+            _shaped("launches", (TINY,), 1, r=2, tokens=24),
+            "cuda",
+        ),
+        Suite(
+            "exact",
+            _shaped("exact", EIGHT_BILLION, 25, r=8, tokens=1024),
+            _shaped("exact", (TINY,), 1, r=2, tokens=24),
+        ),
+        Suite(
+            "decode",
+            tuple(
+                Case(
+                    "decode",
+                    f"llama3-8b batch{batch}",
+                    {"shape": "llama3-8b", "layers": 32, "batch": batch, "context": 512},
+                    45,
+                )
+                for batch in (64, 1, 8, 32)
+            ),
+            (Case("decode", "tiny batch2", {"shape": "tiny", "layers": 2, "batch": 2, "context": 16}),),
+            "cuda",
+        ),
+        Suite("small", _SMALL, _shaped("small", (TINY,), 1, batch=2, length=16)),
+        Suite(
+            "large",
+            _shaped("large", (LLAMA3_70B,), 150, batch=1, length=2048, r=8),
+            _shaped("large", (TINY,), 1, batch=1, length=16, r=2),
+        ),
+        Suite(
+            "curves",
+            (
+                Case("curves", "float32", {"dtype": "float32", "steps": 100}, 40),
+                Case("curves", "bfloat16", {"dtype": "bfloat16", "steps": 100}, 40),
+            ),
+            (Case("curves", "float32", {"dtype": "float32", "steps": 4}),),
+        ),
+        Suite("cpu", _cpu_cases((1024, 256, 2048)), _shaped("cpu", (TINY,), 1, r=2, tokens=24), "cpu"),
+    )
+}
