@@ -112,7 +112,7 @@ def _rank(ids, t, live, e, K: tl.constexpr):
 
 @triton.jit
 def _scaled(ptr, mask, scaling):
-    """Low-rank inputs times s, in their own dtype."""
+    """What lies at `ptr`, times s, in its own dtype."""
     x = tl.load(ptr, mask=mask, other=0.0)
     return (x.to(tl.float32) * scaling).to(x.dtype)
 
@@ -379,9 +379,9 @@ def weight_gradient_kernel(
         e = tl.load(chunk_experts + chunk * N + k)
         b = e * f * r + c[:, None] * r + lane[None, :]
         experts = experts + (e,)
-        bs_gate = bs_gate + (tl.load(gate_B + b, mask=table, other=0.0),)
-        bs_up = bs_up + (tl.load(up_B + b, mask=table, other=0.0),)
-        as_down = as_down + (tl.load(down_A + (e * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0),)
+        bs_gate = bs_gate + (_scaled(gate_B + b, table, scaling),)
+        bs_up = bs_up + (_scaled(up_B + b, table, scaling),)
+        as_down = as_down + (_scaled(down_A + (e * r + lane)[None, :] * f + c[:, None], table, scaling),)
         sums_gate = sums_gate + (tl.zeros((BF, R), tl.float32),)
         sums_up = sums_up + (tl.zeros((BF, R), tl.float32),)
         sums_down = sums_down + (tl.zeros((BF, R), tl.float32),)
@@ -402,9 +402,9 @@ def weight_gradient_kernel(
         new_gate, new_up, new_down = (), (), ()
         for k in tl.static_range(SLOTS):
             lanes = experts[k] * r + lane
-            x_gate = _scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], used, scaling)
-            x_up = _scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], used, scaling)
-            x_down = _scaled(d_low_down + row[:, None] * low_down_stride + lanes[None, :], used, scaling)
+            x_gate = tl.load(low_gate + row[:, None] * low_gate_stride + lanes[None, :], mask=used, other=0.0)
+            x_up = tl.load(low_up + row[:, None] * low_up_stride + lanes[None, :], mask=used, other=0.0)
+            x_down = tl.load(d_low_down + row[:, None] * low_down_stride + lanes[None, :], mask=used, other=0.0)
             w = _sorted_weight(sorted_weights, position, live, k, SLOTS)[:, None]
             act, slope = _activation_and_slope(_dot(bs_gate[k], tl.trans(x_gate), g, PRECISE), ACT, FAST)
             u_k = _dot(bs_up[k], tl.trans(x_up), u, PRECISE)
@@ -423,9 +423,9 @@ def weight_gradient_kernel(
         sums_gate, sums_up, sums_down = new_gate, new_up, new_down
     for k in tl.static_range(SLOTS):
         out = partial + ((chunk * SLOTS + k) * 3).to(tl.int64) * f * r + c[:, None] * r + lane[None, :]
-        tl.store(out, sums_gate[k], mask=table)
-        tl.store(out + f * r, sums_up[k], mask=table)
-        tl.store(out + 2 * f * r, sums_down[k], mask=table)
+        tl.store(out, scaling * sums_gate[k], mask=table)
+        tl.store(out + f * r, scaling * sums_up[k], mask=table)
+        tl.store(out + 2 * f * r, scaling * sums_down[k], mask=table)
 
 
 @triton.jit
