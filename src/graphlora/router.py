@@ -6,16 +6,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graphlora import graph
+from graphlora.ops.expert_ffn.activations import DifferentiableAct
 from graphlora.ops.graph_route import GraphWeights, graph_logits_eager, graph_logits_torch
 
+if TYPE_CHECKING:
+    from graphlora.ops.graph_route.triton import RouterWeights
+
 Activation = Callable[[Tensor], Tensor]
+_RMS_EPS = 1e-6
 # Tokens of unit RMS that stand for the model's hidden states when a router is first scaled and centered.
 _CALIBRATION_TOKENS = 512
 # Optimizer steps that the running mean of the logits looks back on. A longer memory lags behind a router that Adam
@@ -72,7 +77,7 @@ def select_experts(router_logits: Tensor, top_k: int, norm_topk_prob: bool = Tru
     return Routing(router_logits, router_probs, top_k_weights, top_k_index)
 
 
-def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_normalize(x: Tensor, eps: float = _RMS_EPS) -> Tensor:
     """`x / rms(x)` over the last dimension, in float32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
@@ -128,11 +133,35 @@ class CenteredRouter(Float32State, ABC):
     def raw_logits(self, x: Tensor, backend: str) -> Tensor:
         """Logits before centering, `[tokens, num_experts]`, float32; `x` is `[tokens, d]`."""
 
-    def forward(self, x: Tensor, backend: str = "torch") -> Tensor:
-        """Router logits `[tokens, num_experts]` (float32) of tokens `[tokens, d]`."""
+    def forward(
+        self, x: Tensor, backend: str = "torch", selection: tuple[int, bool] | None = None
+    ) -> Tensor | Routing:
+        """Router logits `[tokens, num_experts]` (float32) of tokens `[tokens, d]`; with a `selection`, see `route`."""
         with torch.autocast(x.device.type, enabled=False):
+            if selection is not None and backend == "triton":
+                fused = self.fused_routing(x, *selection)
+                if fused is not None:
+                    return fused
             logits = self.raw_logits(x, backend)
-            return logits - self.logit_offset if self.centering else logits
+            logits = logits - self.logit_offset if self.centering else logits
+            return logits if selection is None else select_experts(logits, *selection)
+
+    def route(self, x: Tensor, backend: str, top_k: int, norm_topk_prob: bool = True) -> Routing:
+        """The experts of each token.
+
+        Args:
+            x: `[tokens, d]`.
+            backend: `"eager"`, `"torch"` or `"triton"`; routers without a kernel take the PyTorch path.
+            top_k: K.
+            norm_topk_prob: divide the selected probabilities by their sum.
+        """
+        # A call of the module, so that hooks which keep weights elsewhere (offloading) bring them in.
+        return cast(Routing, self(x, backend, (top_k, norm_topk_prob)))
+
+    def fused_routing(self, x: Tensor, top_k: int, norm_topk_prob: bool) -> Routing | None:
+        """What `route` returns, from one fused operation; None for a router that has none."""
+        del x, top_k, norm_topk_prob
+        return None
 
     @torch.no_grad()
     def begin_update(self) -> None:
@@ -276,6 +305,7 @@ class GraphRouter(CenteredRouter):
     ) -> None:
         super().__init__(num_experts, centering)
         self.act, self.conv, self.input_norm = act, conv, input_norm
+        self.act_name = (act if isinstance(act, DifferentiableAct) else DifferentiableAct(act)).name
         self.edge_density = edge_density
         self.residual = self_term_weight if self_term == "residual" and conv != "sage" else 0.0
         self.has_self_weight = conv == "sage" or self_term == "weight"
@@ -311,12 +341,13 @@ class GraphRouter(CenteredRouter):
             )
         self.calibrate(hidden_size, seed, spread)
 
+    def _raw_expert_nodes(self) -> Tensor:
+        features = self.expert_features.float()
+        return features @ self.expert_proj.float().T if self.projected else features
+
     def expert_nodes(self) -> Tensor:
         """Expert node features E', `[num_experts, g]`, float32."""
-        features = self.expert_features.float()
-        if self.projected:
-            features = features @ self.expert_proj.float().T
-        return self.act(features)
+        return self.act(self._raw_expert_nodes())
 
     def expert_adjacency(self) -> Tensor:
         """Adjacency in use, `[num_experts, num_experts]`: the stored graph, or the learned gates."""
@@ -342,6 +373,35 @@ class GraphRouter(CenteredRouter):
         if backend == "eager" or self.conv != "gcn":
             return graph_logits_eager(token, weights, self.act, self.conv)
         return graph_logits_torch(token, weights, self.act)
+
+    def fused_routing(self, x: Tensor, top_k: int, norm_topk_prob: bool) -> Routing | None:
+        """See `CenteredRouter.fused_routing`; None for another convolution, depth or activation, or a larger router."""
+        from graphlora.ops.graph_route.triton import graph_route_triton
+
+        weights = self.fused_weights(top_k)
+        return None if weights is None else Routing(*graph_route_triton(x, weights, top_k, norm_topk_prob))
+
+    def fused_weights(self, top_k: int) -> RouterWeights | None:
+        """This router as `graphlora.ops.graph_route.triton` takes it; None where the kernels cannot run it."""
+        from graphlora.ops.graph_route.triton import RouterWeights, supports
+
+        num_layers, width, _ = self.conv_weight.shape
+        if not supports(self.conv, num_layers, self.act_name, width, self.num_experts, top_k):
+            return None
+        # Fixed edges are normalized in the kernel.
+        edges = self.adjacency if self.edge_logits is None else graph.normalized_adjacency(self.expert_adjacency())
+        return RouterWeights(
+            token_proj=self.token_proj,
+            features=self._raw_expert_nodes(),
+            conv=self.conv_weight,
+            self_weight=self.self_weight,
+            out=self.out_proj,
+            graph=edges,
+            logit_offset=self.logit_offset if self.centering else None,
+            residual=self.residual,
+            act=cast(str, self.act_name),
+            eps=_RMS_EPS if self.input_norm else None,
+        )
 
     def _scale_output(self, scale: Tensor) -> None:
         self.out_proj.mul_(scale)

@@ -47,7 +47,8 @@ def _tiles(tokens: int, num_experts: int, g: int, dtype: torch.dtype) -> _Tiles:
     num_nodes, width = triton.next_power_of_2(num_experts), max(16, triton.next_power_of_2(g))
     rows = 64 if precise or width <= 64 else 128
     depth = min(width, 32 if precise else 64)
-    return _Tiles(rows // num_nodes, num_nodes, width, depth, 8 if rows == 128 else 4, 16 if tokens <= 1024 else 64, precise)
+    warps, token_rows = 8 if rows == 128 else 4, 16 if tokens <= 1024 else 64
+    return _Tiles(rows // num_nodes, num_nodes, width, depth, warps, token_rows, precise)
 
 
 def _copied(source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -227,7 +228,7 @@ def backward(
     pull = torch.empty_like(square_sum)
     tokens_part.tokens_backward_kernel[(triton.cdiv(tokens, tiles.token_rows),)](
         z, square_sum, conv_rounded, own_rounded, grad_vq, token_features, grad_z, pull, tokens, d, eps, g,
-        NORM=eps >= 0, num_warps=8 if tiles.width > 64 and tiles.token_rows > 16 else 4,
+        NORM=eps >= 0, num_warps=8 if tiles.width > 64 and tiles.token_rows > 16 else 4, num_stages=2,
         **common, **tiles.token_constants,
     )  # fmt: skip
     first_layer = product_float32(grad_vq.T, token_features)
@@ -262,7 +263,8 @@ def _node_gradients(
     num_tiles = triton.cdiv(tokens, tiles.tokens)
     grad_vq = torch.empty_like(vq, dtype=dtype)
     partial = vq.new_empty(num_tiles, rows, g)
-    edges = vq.new_empty(num_tiles if graph_grad else 0, num_experts * num_experts + 2 * num_experts + 1)
+    blocks = triton.cdiv(g, tiles.depth)
+    edges = vq.new_empty(num_tiles * blocks if graph_grad else 0, num_experts * num_experts + 2 * num_experts + 1)
     per_tile = tiles.tokens * num_experts * (width + g) * dtype.itemsize
     step = max(_SCRATCH_BYTES // per_tile, 1) * tiles.tokens
     second_layer = None
@@ -270,13 +272,18 @@ def _node_gradients(
         end = min(first + step, tokens)
         features = vq.new_empty((end - first) * num_experts, width, dtype=dtype)
         grad_rows = vq.new_empty((end - first) * num_experts, g, dtype=dtype)
-        nodes.nodes_backward_kernel[(triton.cdiv(end - first, tiles.tokens),)](
+        grid = triton.cdiv(end - first, tiles.tokens)
+        nodes.rows_backward_kernel[(grid,)](
             static, vq, conv, own, out, probs, index,
             *(probs if t is None else t.contiguous() for t in (grad_logits, grad_probs, grad_weights)),
-            grad_vq, grad_rows, features, partial, edges, first, end, num_experts, g, rows,
+            grad_rows, features, partial, first, end, num_experts, g, rows,
             K=index.shape[1], RESIDUAL=residual != 0, LOGITS=grad_logits is not None, PROBS=grad_probs is not None,
-            WEIGHTS=grad_weights is not None, NORMALIZE=norm_topk_prob, EDGES=graph_grad,
+            WEIGHTS=grad_weights is not None, NORMALIZE=norm_topk_prob,
             num_warps=tiles.node_warps, num_stages=2, **common, **tiles.row_constants,
+        )  # fmt: skip
+        nodes.nodes_backward_kernel[(grid, blocks)](
+            static, vq, conv, own, grad_rows, grad_vq, partial, edges, first, end, num_experts, g, rows,
+            EDGES=graph_grad, num_warps=tiles.node_warps, num_stages=3, **common, **tiles.row_constants,
         )  # fmt: skip
         share = product_float32(grad_rows.T, features)
         second_layer = share if second_layer is None else second_layer + share

@@ -1,7 +1,7 @@
 """Triton kernels over the expert nodes: layer 2 of the graph, the routing, and their gradients.
 
-A tile holds the NP node rows (N padded to a power of two) of BT tokens, R = BT * NP rows in all, row = token * NP + node.
-Adding up neighbors is then one product with a block-diagonal `[R, R]` matrix, and every layer one product with `[R, g]`.
+A tile holds the NP node rows (N padded to a power of two) of BT tokens, R = BT * NP rows, row = token * NP + node.
+Adding up neighbors is then one product with a block-diagonal `[R, R]` matrix, every layer one product of `[R, g]`.
 Node features are made from c, alpha and v (README.md) where they are needed, BK columns at a time.
 """
 
@@ -19,10 +19,7 @@ def _neighbors(mix, N, NP: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constex
     r = tl.arange(0, R)
     token, node = r // NP, r % NP
     same = (token[:, None] == token[None, :]) & (node[:, None] < N) & (node[None, :] < N)
-    if TRANSPOSED:
-        at = node[None, :] * N + node[:, None]
-    else:
-        at = node[:, None] * N + node[None, :]
+    at = node[None, :] * N + node[:, None] if TRANSPOSED else node[:, None] * N + node[None, :]
     return tl.load(mix + at, mask=same, other=0.0)
 
 
@@ -155,7 +152,7 @@ def _logit_gradient(
     probs, index, grad_logits, grad_probs, grad_weights, t, n, T, N,
     K: tl.constexpr, LOGITS: tl.constexpr, PROBS: tl.constexpr, WEIGHTS: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits `[BT, NP]` from those of logits, probabilities and weights, each of which may be absent."""
+    """Gradient of the logits `[BT, NP]` from those of logits, probabilities and weights; each may be absent."""
     at = t[:, None] * N + n[None, :]
     live = (t < T)[:, None] & (n < N)[None, :]
     prob = tl.load(probs + at, mask=live, other=0.0)
@@ -184,28 +181,24 @@ def _logit_gradient(
 
 
 @triton.jit
-def nodes_backward_kernel(
+def rows_backward_kernel(
     static, vq, conv, self_weight, out, probs, index, grad_logits, grad_probs, grad_weights,
-    grad_vq, grad_rows, features, partial, edges, first, T, N, g, rows,
+    grad_rows, features, partial, first, T, N, g, rows,
     BT: tl.constexpr, NP: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, K: tl.constexpr,
     ACT: tl.constexpr, SELF: tl.constexpr, RESIDUAL: tl.constexpr, LOGITS: tl.constexpr, PROBS: tl.constexpr,
-    WEIGHTS: tl.constexpr, NORMALIZE: tl.constexpr, EDGES: tl.constexpr, PRECISE: tl.constexpr,
+    WEIGHTS: tl.constexpr, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of v and q `[T, g or 2 g]`, and this tile's share of those of c, p and the graph.
+    """What the weight gradients of layer 2 are made of, and this tile's share of those of p and the residual's rows.
 
-    Writes what the weight gradients of layer 2 are made of: `grad_rows` `[T' N, g]`, the gradient of layer 2 before its
-    activation, and `features` `[T' N, g or 2 g]`, its inputs, both of the T' tokens of this call, which starts at token
-    `first` and ends before token T. `partial` is `[tiles, rows, g]`: gradients of c (N + 1 rows), of p (1 row) and of
-    the residual's rows (N). `edges` is `[tiles, N N + N + N + 1]`: gradients of mix, link and alpha.
+    Writes `grad_rows` `[T' N, g]`, the gradient of layer 2 before its activation, and `features` `[T' N, g or 2 g]`, its
+    inputs, both of the T' tokens of this call, which starts at token `first` and ends before token T. `partial` is
+    `[tiles, rows, g]`: gradients of c (N + 1 rows, from the other kernel), of p and of the residual's rows (N).
     """
     R: tl.constexpr = BT * NP
     tile = first // BT + tl.program_id(0)
     t = tile * BT + tl.arange(0, BT)
     n = tl.arange(0, NP)
     j = tl.arange(0, G)
-    mix_at = (2 * N + 1) * g
-    alpha_at = mix_at + N * N + N
-    width = 2 * g if SELF else g
     acc = _expert_rows(
         static, vq, conv, self_weight, features, t, first, T, N, g,
         BT, NP, G, BK, ACT, SELF, RESIDUAL, PRECISE, True,
@@ -220,54 +213,69 @@ def nodes_backward_kernel(
     d_rows = grad[:, None] * p[None, :] * slope(acc, ACT)
     if RESIDUAL:
         total = tl.sum(tl.reshape(d_rows, (BT, NP, G)), axis=0)
-        tl.store(own + (N + 2) * g + n[:, None] * g + j[None, :], total, mask=(n < N)[:, None] & (j < g)[None, :])
-    d_rows = rounded(d_rows, PRECISE)
+        inside = (n < N)[:, None] & (j < g)[None, :]
+        tl.store(own + (N + 2) * g + n[:, None] * g + j[None, :], total, mask=inside)
     at, live = _scratch_rows(t, first, n, T, N, BT, NP)
-    tl.store(grad_rows + at[:, None] * g + j[None, :], d_rows, mask=live[:, None] & (j < g)[None, :])
+    live = live[:, None] & (j < g)[None, :]
+    tl.store(grad_rows + at[:, None] * g + j[None, :], rounded(d_rows, PRECISE), mask=live)
 
-    taken = rounded(_neighbors(static + mix_at, N, NP, R, True), PRECISE)
-    link = tl.load(static + mix_at + N * N + n, mask=n < N, other=0.0)
-    alpha = tl.load(static + alpha_at + n, mask=n < N, other=0.0)
-    token_alpha = tl.load(static + alpha_at + N)
-    if EDGES:
-        d_mix = tl.zeros((R, R), tl.float32)
-        d_link = tl.zeros((NP,), tl.float32)
-        d_alpha = tl.zeros((NP,), tl.float32)
-        d_token_alpha = 0.0
+
+@triton.jit
+def nodes_backward_kernel(
+    static, vq, conv, self_weight, grad_rows, grad_vq, partial, edges, first, T, N, g, rows,
+    BT: tl.constexpr, NP: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
+    SELF: tl.constexpr, EDGES: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """BK columns of the gradients of v and q `[T, g or 2 g]`, and this tile's share of those of c and of the graph.
+
+    `edges` is `[tiles, blocks of columns, N N + N + N + 1]`: gradients of mix, link and alpha.
+    """
+    R: tl.constexpr = BT * NP
+    tile = first // BT + tl.program_id(0)
+    t = tile * BT + tl.arange(0, BT)
+    n = tl.arange(0, NP)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    mix_at = (2 * N + 1) * g
+    alpha_at = mix_at + N * N + N
+    width = 2 * g if SELF else g
+    at, live = _scratch_rows(t, first, n, T, N, BT, NP)
+    d_spread = tl.zeros((R, BK), tl.float32)
+    d_h = tl.zeros((R, BK), tl.float32)
     for start in range(0, G, BK):
-        k = start + tl.arange(0, BK)
-        v, experts, token = _layer_one(static, alpha_at, vq, t, n, k, T, N, g, SELF)
-        d_spread = dot(
-            d_rows, rounded(_matrix(conv + g * g, j[:, None], k[None, :], g), PRECISE), tl.zeros((R, BK), tl.float32), PRECISE
-        )
-        d_h = dot(taken, rounded(d_spread, PRECISE), tl.zeros((R, BK), tl.float32), PRECISE)
+        j = start + tl.arange(0, BK)
+        d_rows = tl.load(grad_rows + at[:, None] * g + j[None, :], mask=live[:, None] & (j < g)[None, :], other=0.0)
+        d_spread = dot(d_rows, rounded(_matrix(conv + g * g, j[:, None], k[None, :], g), PRECISE), d_spread, PRECISE)
         if SELF:
             d_h = dot(d_rows, rounded(_matrix(self_weight + g * g, j[:, None], k[None, :], g), PRECISE), d_h, PRECISE)
-        d_spread3 = tl.reshape(d_spread, (BT, NP, BK))
-        d_experts = tl.reshape(d_h, (BT, NP, BK)) * slope(experts, ACT)
-        d_token = tl.sum(link[None, :, None] * d_spread3, axis=1) * slope(token, ACT)
-        d_v = tl.sum(alpha[None, :, None] * d_experts, axis=1) + token_alpha * d_token
-        vq_at = t.to(tl.int64)[:, None] * width + k[None, :]
-        inside = (t < T)[:, None] & (k < g)[None, :]
-        tl.store(grad_vq + vq_at, rounded(d_v, PRECISE), mask=inside)
-        if SELF:
-            tl.store(grad_vq + vq_at + g, rounded(d_token, PRECISE), mask=inside)
-        c_at = own + n[:, None] * g + k[None, :]
-        tl.store(c_at, tl.sum(d_experts, axis=0), mask=(n < N)[:, None] & (k < g)[None, :])
-        tl.store(own + N * g + k, tl.sum(d_token, axis=0), mask=k < g)
-        if EDGES:
-            h = tl.reshape(activation(experts, ACT), (R, BK))
-            d_mix = dot(rounded(d_spread, PRECISE), rounded(tl.trans(h), PRECISE), d_mix, PRECISE)
-            from_token = activation(token, ACT)
-            d_link += tl.sum(tl.sum(d_spread3 * from_token[:, None, :], axis=2), axis=0)
-            d_alpha += tl.sum(tl.sum(d_experts * v[:, None, :], axis=2), axis=0)
-            d_token_alpha += tl.sum(tl.sum(d_token * v, axis=1), axis=0)
+    taken = rounded(_neighbors(static + mix_at, N, NP, R, True), PRECISE)
+    d_h = dot(taken, rounded(d_spread, PRECISE), d_h, PRECISE)
+
+    link = tl.load(static + mix_at + N * N + n, mask=n < N, other=0.0)
+    alpha = tl.load(static + alpha_at + n, mask=n < N, other=0.0)
+    v, experts, token = _layer_one(static, alpha_at, vq, t, n, k, T, N, g, SELF)
+    d_spread3 = tl.reshape(d_spread, (BT, NP, BK))
+    d_experts = tl.reshape(d_h, (BT, NP, BK)) * slope(experts, ACT)
+    d_token = tl.sum(link[None, :, None] * d_spread3, axis=1) * slope(token, ACT)
+    d_v = tl.sum(alpha[None, :, None] * d_experts, axis=1) + tl.load(static + alpha_at + N) * d_token
+    vq_at = t.to(tl.int64)[:, None] * width + k[None, :]
+    inside = (t < T)[:, None] & (k < g)[None, :]
+    tl.store(grad_vq + vq_at, rounded(d_v, PRECISE), mask=inside)
+    if SELF:
+        tl.store(grad_vq + vq_at + g, rounded(d_token, PRECISE), mask=inside)
+    own = partial + tile.to(tl.int64) * rows * g
+    c_at = own + n[:, None] * g + k[None, :]
+    tl.store(c_at, tl.sum(d_experts, axis=0), mask=(n < N)[:, None] & (k < g)[None, :])
+    tl.store(own + N * g + k, tl.sum(d_token, axis=0), mask=k < g)
     if EDGES:
+        h = rounded(tl.reshape(activation(experts, ACT), (R, BK)), PRECISE)
+        d_mix = dot(rounded(d_spread, PRECISE), tl.trans(h), tl.zeros((R, R), tl.float32), PRECISE)
         r = tl.arange(0, R)
         d_mix = tl.where((r // NP)[:, None] == (r // NP)[None, :], d_mix, 0.0)
         d_mix = tl.sum(tl.sum(tl.reshape(d_mix, (BT, NP, BT, NP)), axis=2), axis=0)
-        graph = edges + tile * (N * N + 2 * N + 1)
-        tl.store(graph + n[:, None] * N + n[None, :], d_mix, mask=(n < N)[:, None] & (n < N)[None, :])
-        tl.store(graph + N * N + n, d_link, mask=n < N)
-        tl.store(graph + N * N + N + n, d_alpha, mask=n < N)
-        tl.store(graph + N * N + 2 * N, d_token_alpha)
+        own = edges + (tile * tl.num_programs(1) + tl.program_id(1)) * (N * N + 2 * N + 1)
+        tl.store(own + n[:, None] * N + n[None, :], d_mix, mask=(n < N)[:, None] & (n < N)[None, :])
+        d_link = tl.sum(tl.sum(d_spread3 * activation(token, ACT)[:, None, :], axis=2), axis=0)
+        tl.store(own + N * N + n, d_link, mask=n < N)
+        d_alpha = tl.sum(tl.sum(d_experts * v[:, None, :], axis=2), axis=0)
+        tl.store(own + N * N + N + n, d_alpha, mask=n < N)
+        tl.store(own + N * N + 2 * N, tl.sum(tl.sum(d_token * v, axis=1), axis=0))

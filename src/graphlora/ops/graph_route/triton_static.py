@@ -1,4 +1,4 @@
-"""Triton kernels for what does not depend on the token: the normalized graph, c, and their gradients; and sums of squares.
+"""Triton kernels for what does not depend on the token: the normalized graph, c, their gradients; and sums of squares.
 
 The forward kernel does several small things side by side, because each alone is little more than its launch. What it
 leaves is one float32 buffer, `static`: c `[N + 1, g]`, the residual's rows of layer 2 `[N, g]`, the neighbors' shares
