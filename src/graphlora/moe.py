@@ -25,7 +25,7 @@ class MoeSettings:
         scaling: s = lora_alpha / r.
         lora_dropout: dropout of the low-rank branches' inputs, 0 in evaluation.
         hidden_dropout: the base model's own dropout inside the FFN, 0 in evaluation.
-        backend: `"eager"` or `"torch"`.
+        backend: `"eager"`, `"torch"` or `"triton"`.
     """
 
     granularity: str
@@ -50,6 +50,8 @@ def moe_ffn(
     Returns:
         `[tokens, d]` in the dtype that the frozen block gives.
     """
+    if settings.backend == "triton" and settings.granularity == "ffn":
+        return _triton(x, ffn, experts, routing, settings)
     experts = experts.to(x.dtype)
     intermediate_size = experts.up_B.shape[1]
     masks = draw_masks(
@@ -60,6 +62,17 @@ def moe_ffn(
     path = expert_ffn_eager if settings.backend == "eager" else expert_ffn_torch
     weights, index = routing.top_k_weights, routing.top_k_index
     return path(x, ffn, experts, weights, index, settings.scaling, masks)
+
+
+def _triton(x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings) -> Tensor:
+    # Triton is there only where this path was chosen.
+    from graphlora.ops.expert_ffn.triton import expert_ffn_triton
+
+    p = settings.lora_dropout
+    gated, f = experts.gate_A is not None, experts.up_B.shape[1]
+    masks = draw_masks(x, f, gated, p, settings.hidden_dropout, down=False)
+    weights, index = routing.top_k_weights, routing.top_k_index
+    return expert_ffn_triton(x, ffn, experts, weights, index, settings.scaling, masks, p)
 
 
 def _linear_granularity(

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graphlora.errors import GraphLoraError
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
+from graphlora.ops.lora_linear import plain_matrix
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,17 @@ class FfnParts:
         assert pattern.up_proj is not None
         gate = None if pattern.gate_proj is None else self._call(pattern.gate_proj, x)
         return gate, self._call(pattern.up_proj, x)
+
+    def plain_weights(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Weights of gate and up, each `[f, d]`, where they are plain matrices without bias in the dtype of x."""
+        pattern = self.pattern
+        if pattern.gate_proj is None or pattern.up_proj is None:
+            return None
+        gate = plain_matrix(getattr(self.block, pattern.gate_proj), x)
+        up = plain_matrix(getattr(self.block, pattern.up_proj), x)
+        if gate is None or up is None or gate[1] is not None or up[1] is not None:
+            return None
+        return gate[0], up[0]
 
     def project_out(self, hidden: Tensor) -> Tensor:
         """Down projection, bias included."""

@@ -15,7 +15,9 @@ from graphlora.errors import GraphLoraError
 from graphlora.experts import LoraExperts
 from graphlora.graph import twin_experts
 from graphlora.moe import MoeSettings, moe_ffn
+from graphlora.moe_decode import moe_ffn_decode
 from graphlora.ops.backend import resolve_backend
+from graphlora.ops.decode import few_tokens, lora_linear_decode
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn
 from graphlora.ops.lora_linear import add_low_rank, lora_linear, plain_matrix
 from graphlora.router import (
@@ -33,6 +35,7 @@ from graphlora.tuner.record import Recorder
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _TRL_REFERENCE = "ref"
+_DECODE_TOP_K = 8
 _KERNEL_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # Asked while a layer is traced; its answer, and its warning, belong to the traced code.
 _resolve_backend = torch.compiler.assume_constant_result(resolve_backend)
@@ -141,7 +144,7 @@ class GraphLoraLayer(TunerLayer):
     ) -> None:
         super().__init__(parts.block, block_name)
         self.parts = parts
-        self.ffn = FrozenFfn(parts.project_in, parts.project_out, parts.act)
+        self.ffn = FrozenFfn(parts.project_in, parts.project_out, parts.act, parts.plain_weights)
         self.block_index, self.side, self.recorder = block_index, side, recorder
         self.routings: list[Routing] = []
         self.unsupported: dict[str, str | None] = {}
@@ -256,6 +259,13 @@ class GraphLoraLayer(TunerLayer):
         config = self.configs[name]
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         backend = _resolve_backend(config.backend, x.device.type, self.unsupported[name])
+        if self._may_decode(x, config, backend):
+            weights, selection = self._expert_weights(name), (config.top_k, config.norm_topk_prob)
+            out, routing = moe_ffn_decode(
+                x, self.ffn, weights, self.router(name), selection, self.scaling[name]
+            )
+            self.recorder.add(self, routing)
+            return out.view(hidden_states.shape)
         # The router sees the token as it comes, before autocast rounds it.
         logits = self.router(name)(x, backend)
         routing = select_experts(logits, config.top_k, config.norm_topk_prob)
@@ -272,6 +282,11 @@ class GraphLoraLayer(TunerLayer):
         out = moe_ffn(x, self.ffn, self._expert_weights(name), routing, settings)
         out = nn.functional.dropout(out, self.parts.output_dropout(), self.training)
         return out.view(hidden_states.shape)
+
+    def _may_decode(self, x: Tensor, config: GraphLoraConfig, backend: str) -> bool:
+        if backend != "triton" or self.training or config.expert_granularity != "ffn":
+            return False
+        return few_tokens(x) and config.top_k <= _DECODE_TOP_K
 
     def _expert_weights(self, name: str) -> ExpertWeights:
         gate_A, gate_B = self._experts("gate_proj", name)() if self.parts.gated else (None, None)
@@ -327,6 +342,10 @@ class GraphLoraLinear(TunerLayer):
             return self.base_layer(x, *args, **kwargs)
         lora_A, lora_B = cast(LoraPair, self.graphlora_attention[name])()
         scaling, dropout = self.scaling[name], self.configs[name].lora_dropout if self.training else 0.0
+        if not self.training and few_tokens(x) and not args and not kwargs:
+            backend = _resolve_backend(self.configs[name].backend, x.device.type)
+            if backend == "triton":
+                return lora_linear_decode(x, self.base_layer, lora_A, lora_B, scaling)
         matrix = plain_matrix(self.base_layer, x) if dropout == 0.0 else None
         if matrix is not None:
             return lora_linear(x, *matrix, lora_A, lora_B, scaling)

@@ -63,7 +63,12 @@ class LoraMasks(NamedTuple):
 
 
 def draw_masks(
-    x: Tensor, intermediate_size: int, gated: bool, lora_dropout: float, hidden_dropout: float
+    x: Tensor,
+    intermediate_size: int,
+    gated: bool,
+    lora_dropout: float,
+    hidden_dropout: float,
+    down: bool = True,
 ) -> LoraMasks:
     """One mask per projection input, drawn in a fixed order so that every compute path drops the same entries.
 
@@ -73,6 +78,7 @@ def draw_masks(
         gated: whether the block has a gate projection.
         lora_dropout: probability for the low-rank branches; 0 draws nothing.
         hidden_dropout: probability for the base model's dropout inside the FFN; 0 draws nothing.
+        down: whether to draw the mask of the down projection's input, which a kernel may draw itself.
     """
     tokens, d = x.shape
 
@@ -84,7 +90,7 @@ def draw_masks(
     return LoraMasks(
         gate=mask(d, lora_dropout) if gated else None,
         up=mask(d, lora_dropout),
-        down=mask(intermediate_size, lora_dropout),
+        down=mask(intermediate_size, lora_dropout) if down else None,
         hidden=mask(intermediate_size, hidden_dropout),
     )
 

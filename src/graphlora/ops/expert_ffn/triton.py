@@ -17,6 +17,7 @@ from graphlora.errors import GraphLoraError
 from graphlora.ops.backend import interprets_triton
 from graphlora.ops.expert_ffn import triton_kernels as kernels
 from graphlora.ops.expert_ffn.inputs import ExpertWeights, FrozenFfn, LoraMasks, masked
+from graphlora.ops.expert_ffn.recompute import maybe_recompute
 from graphlora.ops.expert_ffn.triton_plan import PlanShape, make_plan
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -75,6 +76,7 @@ def expert_ffn_triton(
     scaling: float,
     masks: LoraMasks,
     dropout: float = 0.0,
+    recompute_gate_up: bool = False,
 ) -> Tensor:
     """Same function as `expert_ffn_eager` (see there), for gated blocks.
 
@@ -87,21 +89,24 @@ def expert_ffn_triton(
         scaling: s = lora_alpha / r.
         masks: dropout masks of the inputs of gate and up; `down` and `hidden` must be None.
         dropout: probability of the dropout between activation and `down_A`, drawn in the kernel.
+        recompute_gate_up: run the frozen gate and up projections again in backward instead of saving what they give.
 
     Raises:
         GraphLoraError: for sizes, dtypes or activations that the kernels do not support.
     """
     _check(x, ffn, experts, top_k_index, masks)
-    assert experts.gate_A is not None
-    assert experts.gate_B is not None
-    plain = None if ffn.plain_weights is None else ffn.plain_weights(x)
-    gate, up = (None, None) if plain is not None else ffn.project_in(x)
     seed = torch.randint(2**31 - 1, (1,), device=x.device, dtype=torch.int32) if dropout else None
-    mixed, low_down = ExpertMix.apply(
-        x, gate, up, *(plain or (None, None)),
-        experts.gate_A, experts.gate_B, experts.up_A, experts.up_B, experts.down_A,
-        top_k_weights, top_k_index, masks.gate, masks.up, seed, dropout, scaling, ffn.act.name,
-    )  # fmt: skip
+
+    def mix(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        plain = None if ffn.plain_weights is None else ffn.plain_weights(x)
+        gate, up = (None, None) if plain is not None else ffn.project_in(x)
+        return ExpertMix.apply(
+            x, gate, up, *(plain or (None, None)),
+            experts.gate_A, experts.gate_B, experts.up_A, experts.up_B, experts.down_A,
+            weights, top_k_index, masks.gate, masks.up, seed, dropout, scaling, ffn.act.name,
+        )  # fmt: skip
+
+    mixed, low_down = maybe_recompute(recompute_gate_up, mix, x, top_k_weights)
     return AddLowRank.apply(ffn.project_out(mixed), low_down, experts.down_B)
 
 
