@@ -1,0 +1,149 @@
+"""The decode kernels against their references, and the whole path against the expert loop."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+from graphlora.ops import decode
+from graphlora.ops.backend import interprets_triton
+from graphlora.ops.decode import reference
+from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn, LoraMasks, expert_ffn_eager
+from graphlora.ops.expert_ffn.activations import DifferentiableAct
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# Triton's interpreter cuts float32 to bfloat16 instead of rounding it.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+dtypes = pytest.mark.parametrize(
+    "dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+
+pytestmark = pytest.mark.skipif(
+    not ON_GPU and not interprets_triton(), reason="no CUDA device, and TRITON_INTERPRET is not set"
+)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def near(value: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert value.shape == expected.shape
+    assert value.dtype == expected.dtype
+    scale = float(expected.float().abs().max())
+    assert scale > 0
+    torch.testing.assert_close(value.float(), expected.float(), rtol=tolerance, atol=tolerance * scale)
+
+
+def choose(tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    probs = normal(tokens, num_experts, seed=5).softmax(dim=1)
+    weights, index = probs.topk(top_k, dim=1)
+    return weights / weights.sum(dim=1, keepdim=True), index
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """New memory is filled with NaN, so that what is read before it is written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("tokens", "d", "rows"), [(1, 16, (2, 2, 5)), (3, 131, (17, 16, 64)), (64, 140, (8, 8, 0))]
+)
+def test_project(dtype, tokens, d, rows):
+    x = normal(tokens, d, dtype=dtype)
+    weights = [normal(row, d, seed=i) for i, row in enumerate(rows)]
+    expected = reference.project(x, *weights)
+    for value, right in zip(decode.project(x, *weights), expected, strict=True):
+        near(value, right, 1e-4)
+
+
+@dtypes
+@pytest.mark.parametrize(("tokens", "d", "width", "r"), [(1, 24, 33, 1), (3, 1030, 40, 8), (64, 512, 31, 17)])
+def test_attention_lora(dtype, tokens, d, width, r):
+    x, base = normal(tokens, d, dtype=dtype), normal(tokens, width, dtype=dtype, seed=1)
+    A, B = normal(r, d) / d**0.5, normal(width, r)
+    low = decode.low_rank(x, A)
+    near(low, reference.low_rank(x, A), TOLERANCE[dtype])
+    before = base.clone()
+    near(decode.add_low_rank(base, low, B, 1.7), reference.add_low_rank(base, low, B, 1.7), TOLERANCE[dtype])
+    exact = x.double() @ A.double().T @ B.double().T * 1.7 + base.double()
+    near(decode.add_low_rank(base, low, B, 1.7), exact.to(dtype), TOLERANCE[dtype])
+    assert torch.equal(base, before)
+
+
+SHAPES = [
+    (1, 8, 2, 8),
+    (3, 5, 3, 3),
+    (64, 8, 2, 8),
+    (64, 9, 8, 7),
+    (17, 64, 1, 2),
+    (5, 1, 1, 16),
+    (33, 12, 5, 16),
+]
+
+
+@dtypes
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k", "r"), SHAPES)
+def test_mix_and_combine(dtype, tokens, num_experts, top_k, r):
+    d, f = 45, 70
+    act = list(ACTIVATIONS)[tokens % 4]
+    weights, index = choose(tokens, num_experts, top_k)
+    gate, up = normal(tokens, f, dtype=dtype), normal(tokens, f, dtype=dtype, seed=1)
+    low = normal(tokens, 2 * num_experts * r + 6) / r
+    args = (
+        gate, up, low, normal(num_experts, f, r), normal(num_experts, f, r, seed=2),
+        normal(num_experts, r, f) / f**0.5, weights, index, 0.6, act,
+    )  # fmt: skip
+    mixed, partial = decode.mix(*args)
+    right_mixed, right_partial = reference.mix(*args)
+    near(mixed, right_mixed, TOLERANCE[dtype])
+    near(partial, right_partial, TOLERANCE[dtype])
+    base, down_B, low = normal(tokens, d, dtype=dtype), normal(num_experts, d, r), partial.sum(dim=0)
+    near(
+        decode.combine(base, low, index, down_B, 0.6),
+        reference.combine(base, low, index, down_B, 0.6),
+        TOLERANCE[dtype],
+    )
+    again = decode.mix(*args)
+    assert torch.equal(again[0], mixed)
+    assert torch.equal(again[1], partial)
+
+
+@dtypes
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k", "r"), [(1, 4, 2, 3), (19, 6, 3, 4)])
+def test_the_path_is_the_expert_loop(dtype, act, tokens, num_experts, top_k, r):
+    d, f, scaling = 37, 67, 1.3
+    x = normal(tokens, d, dtype=dtype)
+    W_gate, W_up, W_down = (normal(*s) / s[1] ** 0.5 for s in ((f, d), (f, d), (d, f)))
+    sizes = [(num_experts, r, d), (num_experts, f, r)] * 2 + [(num_experts, r, f), (num_experts, d, r)]
+    experts = ExpertWeights(*(normal(*s, seed=i) / s[2] ** 0.5 for i, s in enumerate(sizes)))
+    weights, index = choose(tokens, num_experts, top_k)
+    wide = FrozenFfn(
+        lambda x: (x @ W_gate.to(dtype).float().T, x @ W_up.to(dtype).float().T),
+        lambda h: h @ W_down.to(dtype).float().T,
+        DifferentiableAct(ACTIVATIONS[act]),
+    )
+    expected = expert_ffn_eager(x.float(), wide, experts, weights, index, scaling, LoraMasks())
+    gate, up = (part.to(dtype) for part in wide.project_in(x.float()))
+    low, _ = decode.project(x, experts.gate_A.flatten(0, 1), experts.up_A.flatten(0, 1), x.new_empty(0, d))
+    mixed, partial = decode.mix(
+        gate, up, low, experts.gate_B, experts.up_B, experts.down_A, weights, index, scaling, act
+    )
+    out = wide.project_out(mixed.float()).to(dtype)
+    out = decode.combine(out, partial.sum(dim=0), index, experts.down_B, scaling)
+    error = (out.float() - expected).norm() / expected.norm()
+    assert error < {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 2e-3}[dtype]
