@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -163,18 +164,9 @@ class CenteredRouter(Float32State, ABC):
         del x, top_k, norm_topk_prob
         return None
 
-    @torch.no_grad()
     def begin_update(self) -> None:
         """Takes the tokens of the last optimizer step into `logit_offset`; called before every training forward."""
-        if not self.centering or self._seen_step == _steps.count:
-            return
-        self._seen_step = _steps.count
-        some = (self.logit_count > 0).float()
-        weight = some * torch.clamp(1 / (self.num_updates + 1), min=1 / _MEAN_HORIZON)
-        self.logit_offset.lerp_(self.logit_sum / self.logit_count.clamp_min(1), weight)
-        self.num_updates += some
-        self.logit_sum.zero_()
-        self.logit_count.zero_()
+        begin_updates([self])
 
     @torch.no_grad()
     def collect(self, centered_sum: Tensor, count: Tensor) -> None:
@@ -211,6 +203,26 @@ class CenteredRouter(Float32State, ABC):
     @abstractmethod
     def _scale_output(self, scale: Tensor) -> None:
         """Multiplies the logits by `scale`, in the weights."""
+
+
+@torch.no_grad()
+def begin_updates(routers: Iterable[CenteredRouter]) -> None:
+    """`CenteredRouter.begin_update` of all blocks at once, in a few kernels whatever their number."""
+    groups: dict[tuple[int, torch.device], list[CenteredRouter]] = defaultdict(list)
+    for router in routers:
+        if router.centering and router._seen_step != _steps.count:
+            router._seen_step = _steps.count
+            groups[(router.num_experts, router.logit_offset.device)].append(router)
+    for group in groups.values():
+        count = torch.stack([router.logit_count for router in group])
+        some = (count > 0).float()
+        updates = torch.stack([router.num_updates for router in group])
+        weight = some * torch.clamp(1 / (updates + 1), min=1 / _MEAN_HORIZON)
+        mean = torch.stack([router.logit_sum for router in group]) / count.clamp_min(1)[:, None]
+        offset = torch.stack([router.logit_offset for router in group]).lerp_(mean, weight[:, None])
+        torch._foreach_copy_([router.logit_offset for router in group], list(offset.unbind()))
+        torch._foreach_add_([router.num_updates for router in group], list(some.unbind()))
+        torch._foreach_zero_([t for router in group for t in (router.logit_sum, router.logit_count)])
 
 
 class LinearRouter(CenteredRouter):
@@ -389,7 +401,11 @@ class GraphRouter(CenteredRouter):
         if not supports(self.conv, num_layers, self.act_name, width, self.num_experts, top_k):
             return None
         # Fixed edges are normalized in the kernel.
-        edges = self.adjacency if self.edge_logits is None else graph.normalized_adjacency(self.expert_adjacency())
+        edges = (
+            self.adjacency
+            if self.edge_logits is None
+            else graph.normalized_adjacency(self.expert_adjacency())
+        )
         return RouterWeights(
             token_proj=self.token_proj,
             features=self._raw_expert_nodes(),

@@ -20,14 +20,7 @@ from graphlora.ops.backend import resolve_backend
 from graphlora.ops.decode import few_tokens, lora_linear_decode
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn
 from graphlora.ops.lora_linear import add_low_rank, lora_linear, plain_matrix
-from graphlora.router import (
-    CenteredRouter,
-    GraphRouter,
-    LinearRouter,
-    Routing,
-    build_adjacency,
-    select_experts,
-)
+from graphlora.router import CenteredRouter, GraphRouter, LinearRouter, Routing, build_adjacency
 from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.coordination import Coordination
 from graphlora.tuner.ffn import FfnParts, features
@@ -36,6 +29,8 @@ from graphlora.tuner.record import Recorder
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _TRL_REFERENCE = "ref"
 _DECODE_TOP_K = 8
+# What the kernels of graphlora.ops.expert_ffn.triton know, which is imported only where they run.
+_KERNEL_EXPERTS, _KERNEL_TOP_K, _KERNEL_RANK = 64, 8, 64
 _KERNEL_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # Asked while a layer is traced; its answer, and its warning, belong to the traced code.
 _resolve_backend = torch.compiler.assume_constant_result(resolve_backend)
@@ -165,13 +160,13 @@ class GraphLoraLayer(TunerLayer):
             num_experts, config.poisson_rate_form, config.normal_scale_form
         )
         self._copy_state_for_reference(adapter_name, config)
-        self.unsupported[adapter_name] = self._kernels_lack(config)
+        self.unsupported[adapter_name] = self._kernels_lack(config, num_experts, r)
         self.configs[adapter_name] = config
         self.scaling[adapter_name] = alpha / r
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _kernels_lack(self, config: GraphLoraConfig) -> str | None:
+    def _kernels_lack(self, config: GraphLoraConfig, num_experts: int, r: int) -> str | None:
         """What the Triton kernels do not support of this block, as the end of a sentence."""
         if config.expert_granularity == "linear":
             return None
@@ -179,7 +174,9 @@ class GraphLoraLayer(TunerLayer):
             return "FFN blocks without a gate"
         if self.parts.act.name not in _KERNEL_ACTIVATIONS:
             return f"the activation {self.parts.act.name or type(self.parts.act.act).__name__}"
-        return None
+        if num_experts > _KERNEL_EXPERTS or config.top_k > _KERNEL_TOP_K or r > _KERNEL_RANK:
+            return f"more than {_KERNEL_EXPERTS} experts, top_k over {_KERNEL_TOP_K} or r over {_KERNEL_RANK}"
+        return "the base model's own dropout inside the FFN" if self.parts.hidden_dropout() else None
 
     def _copy_state_for_reference(self, adapter_name: str, config: GraphLoraConfig) -> None:
         """Copies graph, features and running state into the frozen reference that TRL makes of a trained adapter.
@@ -267,8 +264,7 @@ class GraphLoraLayer(TunerLayer):
             self.recorder.add(self, routing)
             return out.view(hidden_states.shape)
         # The router sees the token as it comes, before autocast rounds it.
-        logits = self.router(name)(x, backend)
-        routing = select_experts(logits, config.top_k, config.norm_topk_prob)
+        routing = self.router(name).route(x, backend, config.top_k, config.norm_topk_prob)
         self.recorder.add(self, routing)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -278,6 +274,7 @@ class GraphLoraLayer(TunerLayer):
             lora_dropout=config.lora_dropout if self.training else 0.0,
             hidden_dropout=self.parts.hidden_dropout() if self.training else 0.0,
             backend=backend,
+            recompute_gate_up=config.recompute_gate_up,
         )
         out = moe_ffn(x, self.ffn, self._expert_weights(name), routing, settings)
         out = nn.functional.dropout(out, self.parts.output_dropout(), self.training)

@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from graphlora.errors import GraphLoraError
 from graphlora.load import expert_load, normalized_entropy
-from graphlora.router import GraphRouter, Routing
+from graphlora.router import GraphRouter, Routing, begin_updates
 from graphlora.tuner import ffn
 from graphlora.tuner.auxiliary import auxiliary_loss
 from graphlora.tuner.config import GraphLoraConfig
@@ -196,10 +196,8 @@ class GraphLoraModel(BaseTuner):
         Every training forward calls this by itself, and only the first call after an optimizer step does anything. A
         forward that is replayed as a CUDA graph runs no Python, so whoever replays it calls this before.
         """
-        for layer in self._layers():
-            name = layer.active_name(layer.graphlora_up_proj)
-            if name is not None:
-                layer.router(name).begin_update()
+        named = ((layer, layer.active_name(layer.graphlora_up_proj)) for layer in self._layers())
+        begin_updates(layer.router(name) for layer, name in named if name is not None)
 
     @torch.compiler.disable
     def _before_forward(
