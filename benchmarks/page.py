@@ -1,0 +1,136 @@
+"""From data to `docs/performance.md`: the pictures, and the tables between the page's markers. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.measurement import OK, Measurement, latest_attempts
+from benchmarks.table import (
+    candidates_table,
+    matrix_table,
+    number,
+    others_table,
+    step_table,
+    target_table,
+    verdicts,
+)
+from benchmarks.targets import TARGETS
+from graphlora.errors import GraphLoraError
+from graphlora.records import write_text
+from graphlora.report.figures import save_figure
+from graphlora.report.performance import TargetPoint, ffn_matrix_figure, step_time_figure, target_figure
+
+LABELS = {
+    "frozen": "frozen model",
+    "peft_bfloat16_r16": "PEFT LoRA, bf16",
+    "peft_float32_r16": "PEFT LoRA, float32",
+    "peft_float32_dropout_r16": "PEFT LoRA, its default",
+    "peft_sized": "PEFT LoRA, same size",
+    "triton_r16": "GraphLoRA r=16",
+    "triton_r8": "GraphLoRA r=8",
+    "triton_dropout_r16": "GraphLoRA r=16, dropout",
+    "torch_r8": "GraphLoRA r=8, torch",
+    "eager_r8": "expert loop (eager)",
+    "loop_r8": "expert loop (plain)",
+}
+TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
+    "targets": target_table,
+    "steps": step_table,
+    "matrix": matrix_table,
+    "candidates": candidates_table,
+    "others": others_table,
+}
+
+
+def draw_figures(measurements: Sequence[Measurement], folder: Path) -> list[Path]:
+    """Draws the pictures for which there are data; returns their files."""
+    drawn = []
+    steps = _step_ratios(measurements)
+    if steps:
+        drawn.append(save_figure(step_time_figure(steps), folder / "step_time.png"))
+    ratios = _ffn_ratios(measurements)
+    if ratios:
+        must, goal = _bounds()
+        drawn.append(save_figure(ffn_matrix_figure(ratios, must, goal), folder / "ffn_matrix.png"))
+    points = [
+        TargetPoint(
+            f"{v.target.row}. {v.target.what}", v.worst, v.target.must, v.target.goal,
+            f"{number(v.worst, v.target.unit)} (must {number(v.target.must, v.target.unit)})",
+        )
+        for v in verdicts(measurements)
+    ]  # fmt: skip
+    drawn.append(save_figure(target_figure(points), folder / "targets.png"))
+    return drawn
+
+
+def update_page(measurements: Sequence[Measurement], page: Path) -> str:
+    """Puts the tables between the page's markers `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        GraphLoraError: a page without one of the markers.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        block = f"<!-- begin {name} -->\n{make(measurements)}\n<!-- end {name} -->"
+        pattern = rf"<!-- begin {name} -->.*?<!-- end {name} -->"
+        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        if count != 1:
+            raise GraphLoraError(f"{page} has {count} blocks `<!-- begin {name} -->`; it must have one")
+    sources = f"<!-- begin source -->\n{_sources(measurements)}\n<!-- end source -->"
+    text = re.sub(r"<!-- begin source -->.*?<!-- end source -->", lambda _: sources, text, flags=re.DOTALL)
+    write_text(page, text)
+    return f"{page}: {len(measurements)} measurements"
+
+
+def _sources(measurements: Sequence[Measurement]) -> str:
+    """Commits, devices, versions and commands that the numbers come from."""
+    used = [m for group in latest_attempts(measurements).values() for m in group]
+    lines = []
+    for key in ("commit", "device"):
+        values = dict.fromkeys(str(m.provenance.get(key)) for m in used if m.provenance.get(key))
+        lines.append(f"- {key}: {', '.join(v[:12] if key == 'commit' else v for v in values)}")
+    versions = {name: v for m in used for name, v in m.provenance.get("versions", {}).items()}
+    shown = [
+        f"{name} {versions[name]}" for name in ("torch", "triton", "transformers", "peft") if name in versions
+    ]
+    lines.append(f"- versions: {', '.join(shown)}")
+    commands = dict.fromkeys(str(m.provenance.get("command")) for m in used if m.provenance.get("command"))
+    lines += [f"- `{command}`" for command in commands]
+    return "\n".join(lines)
+
+
+def _step_ratios(measurements: Sequence[Measurement]) -> dict[str, dict[str, float]]:
+    """Step time relative to the frozen model, by the cases with few layers, which have all candidates."""
+    result = {}
+    for (suite, case), group in sorted(latest_attempts(measurements).items()):
+        values = {m.candidate: m.value for m in group if m.status == OK and m.phase == "full" and m.value}
+        if suite != "step" or "frozen" not in values or "eager_r8" not in values:
+            continue
+        result[case] = {
+            label: values[name] / values["frozen"] for name, label in LABELS.items() if name in values
+        }
+    return result
+
+
+def _ffn_ratios(measurements: Sequence[Measurement]) -> dict[tuple[str, int, int, str], float]:
+    result = {}
+    for (suite, _), group in latest_attempts(measurements).items():
+        values = {m.candidate: m.value for m in group if m.status == OK and m.phase == "full" and m.value}
+        if suite == "ffn" and {"frozen", "triton"} <= set(values):
+            p = group[0].params
+            result[p["shape"], p["r"], p["tokens"], p["skew"]] = values["triton"] / values["frozen"]
+    return result
+
+
+def _bounds() -> tuple[dict[int, float], dict[int, float]]:
+    """Must and goal of row 1 by rank."""
+    small, large = (t for t in TARGETS if t.row == "1")
+    return (
+        {2: small.must, 8: small.must, 16: large.must},
+        {2: small.goal, 8: small.goal, 16: large.goal},
+    )
