@@ -26,6 +26,8 @@ class MoeSettings:
         lora_dropout: dropout of the low-rank branches' inputs, 0 in evaluation.
         hidden_dropout: the base model's own dropout inside the FFN, 0 in evaluation.
         backend: `"eager"`, `"torch"` or `"triton"`.
+        recompute_gate_up: run the frozen gate and up projections again in backward instead of saving what they give
+            (not in the expert loop, nor for `"linear"` granularity).
     """
 
     granularity: str
@@ -33,6 +35,7 @@ class MoeSettings:
     lora_dropout: float
     hidden_dropout: float
     backend: str
+    recompute_gate_up: bool = False
 
 
 def moe_ffn(
@@ -59,12 +62,17 @@ def moe_ffn(
     )
     if settings.granularity == "linear":
         return _linear_granularity(x, ffn, experts, routing, settings, masks)
-    path = expert_ffn_eager if settings.backend == "eager" else expert_ffn_torch
     weights, index = routing.top_k_weights, routing.top_k_index
-    return path(x, ffn, experts, weights, index, settings.scaling, masks)
+    if settings.backend == "eager":
+        return expert_ffn_eager(x, ffn, experts, weights, index, settings.scaling, masks)
+    return expert_ffn_torch(
+        x, ffn, experts, weights, index, settings.scaling, masks, settings.recompute_gate_up
+    )
 
 
-def _triton(x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings) -> Tensor:
+def _triton(
+    x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings
+) -> Tensor:
     # Triton is there only where this path was chosen.
     from graphlora.ops.expert_ffn.triton import expert_ffn_triton
 
@@ -72,7 +80,9 @@ def _triton(x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing,
     gated, f = experts.gate_A is not None, experts.up_B.shape[1]
     masks = draw_masks(x, f, gated, p, settings.hidden_dropout, down=False)
     weights, index = routing.top_k_weights, routing.top_k_index
-    return expert_ffn_triton(x, ffn, experts, weights, index, settings.scaling, masks, p)
+    return expert_ffn_triton(
+        x, ffn, experts, weights, index, settings.scaling, masks, p, settings.recompute_gate_up
+    )
 
 
 def _linear_granularity(

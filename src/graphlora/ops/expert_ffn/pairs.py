@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Elements of one `[rows, f]` buffer: a few of them fit into the last-level cache of a CPU.
-_BUFFER_ELEMENTS = 2**15
+_BUFFER_ELEMENTS = 2**18
 _MIN_ROWS = 16
 
 
