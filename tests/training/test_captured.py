@@ -182,7 +182,7 @@ def test_shapes_beyond_the_limit_run_eagerly_with_the_same_result(model, device)
 class Refusing(captured.Rerun):
     """A recorder that cannot, as CUDA where a step waits for the device."""
 
-    def __init__(self, step, device):
+    def __init__(self, step, device, pool):
         step()
         raise RuntimeError("operation not permitted when stream is capturing")
 

@@ -33,16 +33,14 @@ class Replayable(Protocol):
 
 
 class CudaGraph:
-    """A step recorded as a CUDA graph; the graphs of one device share their memory.
+    """A step recorded as a CUDA graph.
 
     Random numbers (dropout) continue from the state of the device's generator at each replay.
     """
 
-    pools: dict[torch.device, Any] = {}
-
-    def __init__(self, step: Callable[[], Tensor], device: torch.device) -> None:
-        """Record `step`, which must not make the host wait for the device."""
-        pool = self.pools.setdefault(device, torch.cuda.graph_pool_handle())
+    def __init__(self, step: Callable[[], Tensor], device: torch.device, pool: Any) -> None:
+        """Record `step`, which must not make the host wait for the device, with its memory in `pool`."""
+        del device
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.loss = step()
@@ -55,8 +53,9 @@ class CudaGraph:
 class Rerun:
     """Stand-in for a CUDA graph where there is none: runs the step's Python again on the same buffers."""
 
-    def __init__(self, step: Callable[[], Tensor], device: torch.device) -> None:
+    def __init__(self, step: Callable[[], Tensor], device: torch.device, pool: Any) -> None:
         """Remember `step`."""
+        del pool
         self._step, self.loss = step, torch.zeros((), device=device)
 
     def replay(self) -> None:
@@ -92,14 +91,17 @@ class CapturedSteps:
         """Set up without recording anything.
 
         Args:
-            model: Model in training mode; the parameters to train are those that require gradients now.
+            model: Model in training mode; its parameters to train, kept in `parameters`, are those that require
+                gradients now.
             device: Where it is. Without CUDA, steps are run again in Python (`Rerun`).
             max_graphs: Shapes to record; further ones run eagerly.
             must_record: Raise where a step cannot be recorded, else go on eagerly.
             tell: Called with one line for each shape that is recorded, and once when there are too many.
         """
         self.model, self.device, self.max_graphs = model, device, max_graphs
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # The graphs share their memory: one replays at a time, and of its results the loss alone is kept.
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._recorded: dict[Key, _Recorded] = {}
         self._must_record, self._full = must_record, False
@@ -142,6 +144,12 @@ class CapturedSteps:
         recorded.step.replay()
         return recorded.step.loss.clone()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `nn.Module.zero_grad`, without looking through all modules for the parameters that are trained."""
+        del set_to_none
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def _eager(self, step: Step, inputs: dict[str, Any]) -> Tensor:
         if not self._full:
             self._full = True
@@ -172,18 +180,18 @@ class CapturedSteps:
         static = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
         with self._without_a_trace():
             for _ in range(NUM_WARM_UPS):
-                self._detach()
+                self.zero_grad()
                 self._on_side_stream(lambda: step(static))
-            trained = [parameter for parameter in self._parameters if parameter.grad is not None]
-            self._detach()
+            trained = [parameter for parameter in self.parameters if parameter.grad is not None]
+            self.zero_grad()
             self._attach(trained)
             graph = CudaGraph if self.device.type == "cuda" else Rerun
-            return _Recorded(static, trained, graph(lambda: step(static), self.device))
+            return _Recorded(static, trained, graph(lambda: step(static), self.device, self._pool))
 
     @contextmanager
     def _without_a_trace(self) -> Iterator[None]:
         """Puts back gradients, buffers of modules and the random state."""
-        gradients = [parameter.grad for parameter in self._parameters]
+        gradients = [parameter.grad for parameter in self.parameters]
         # The gradients' buffers may hold what earlier micro-batches of this step have added.
         held = {p: buffer.clone() for p, buffer in self._gradients.items() if p.grad is buffer}
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -197,7 +205,7 @@ class CapturedSteps:
                     buffer.copy_(before)
                 for parameter, before in held.items():
                     self._gradients[parameter].copy_(before)
-            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
 
     def _on_side_stream(self, run: Callable[[], Tensor]) -> None:
@@ -209,10 +217,6 @@ class CapturedSteps:
         with torch.cuda.stream(stream):
             run()
         torch.cuda.current_stream(self.device).wait_stream(stream)
-
-    def _detach(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def _attach(self, trained: list[nn.Parameter]) -> None:
         """Give the parameters their gradient buffers: zeroed where they had none, with its content where another."""

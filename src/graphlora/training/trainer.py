@@ -137,6 +137,8 @@ class AdapterTrainer(Trainer):
                 must_record=self._records_steps == "yes",
                 tell=lambda line: tqdm.write(line, file=sys.stderr),
             )
+            # Looking through the modules of a small model takes longer than its step.
+            model.zero_grad = self._captured.zero_grad
 
         def step(static: dict[str, Any]) -> Tensor:
             rest = {name: value for name, value in static.items() if name != NUM_ITEMS}
@@ -145,6 +147,19 @@ class AdapterTrainer(Trainer):
         # Without a count of labels, Trainer divides by the number of micro-batches, on the host.
         variant = () if num_items_in_batch is not None else (self.current_gradient_accumulation_steps,)
         return self._captured(step, {**inputs, NUM_ITEMS: num_items_in_batch}, variant)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; recorded steps and their memory are let go at the end."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._captured = None
+            self.model_wrapped.__dict__.pop("zero_grad", None)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._captured is None:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._captured.parameters, self.args.max_grad_norm)
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
         """Inputs on the device; of a packed row with tokens that do not count, also its attention mask."""
