@@ -11,6 +11,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, on CPU tensors. It must know before a kernel is defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REAL_MODEL = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 
 

@@ -297,10 +297,11 @@ def _sizes(up: Tensor, down_A: Tensor, top_k_index: Tensor, dropout: float, act:
     num_experts, r, _ = down_A.shape
     top_k = top_k_index.shape[1]
     tiles = tile_plan(tokens, f, r, up.dtype)
-    precise = up.dtype == torch.float32
+    # The interpreter's products know no bfloat16.
+    precise = up.dtype == torch.float32 or interprets_triton()
     constants = {
         "K": top_k, "N": num_experts, "r": r, "R": max(16, triton.next_power_of_2(r)),
-        "WIDE": tokens * f > _INT32, "ACT": act, "FAST": not precise and not interprets_triton(), "PRECISE": precise,
+        "WIDE": tokens * f > _INT32, "ACT": act, "FAST": not precise, "PRECISE": precise,
         "DROPOUT": dropout > 0, "THRESHOLD": int(dropout * 2**32), "INVERSE": 1 / (1 - dropout),
     }  # fmt: skip
     plan = PlanShape(tokens, num_experts, top_k, tiles.forward.tokens, tiles.chunk)

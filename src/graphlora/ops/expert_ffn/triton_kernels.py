@@ -120,8 +120,10 @@ def _scaled(ptr, mask, scaling):
 @triton.jit
 def _dot(a, b, acc, PRECISE: tl.constexpr):
     if PRECISE:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
+        out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        out = tl.dot(a, b, acc)
+    return out
 
 
 @triton.jit

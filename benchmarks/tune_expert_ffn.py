@@ -1,0 +1,138 @@
+"""Tries tile sizes of the expert FFN's kernels on this GPU: `python -m benchmarks.tune_expert_ffn OUT.jsonl`.
+
+Prints device microseconds per kernel for each plan; `graphlora.ops.expert_ffn.triton.tile_plan` holds what was best.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import sys
+from typing import Any
+
+SHAPES = {"llama3-8b": (4096, 14336), "qwen2-7b": (3584, 18944)}
+FORWARD = [(64, 3), (64, 2), (32, 4), (32, 3), (128, 2)]
+TOKEN = [(32, 3), (32, 2), (16, 3), (64, 2), (32, 4)]
+WEIGHT = [
+    (32, 64, 4, 2),
+    (64, 64, 4, 2),
+    (64, 64, 4, 1),
+    (32, 128, 8, 2),
+    (32, 64, 4, 3),
+    (32, 128, 4, 1),
+    (16, 64, 4, 3),
+]
+
+
+def plans() -> list[Any]:
+    from graphlora.ops.expert_ffn.triton import TilePlan, Tiles
+
+    found = []
+    for i in range(max(len(FORWARD), len(TOKEN), len(WEIGHT))):
+        f, t, w = FORWARD[i % len(FORWARD)], TOKEN[i % len(TOKEN)], WEIGHT[i % len(WEIGHT)]
+        splits = (8, 16, 32)[i % 3]
+        found.append(
+            TilePlan(
+                Tiles(64, f[0], splits, 4, f[1]),
+                Tiles(64, t[0], splits, 4, t[1]),
+                Tiles(w[0], w[1], 1, w[2], w[3]),
+                512,
+            )
+        )
+    found.append(
+        TilePlan(Tiles(128, 64, 16, 8, 2), Tiles(128, 32, 16, 8, 2), Tiles(*WEIGHT[0][:2], 1, 4, 2), 256)
+    )
+    found.append(
+        TilePlan(Tiles(128, 64, 8, 8, 3), Tiles(128, 32, 8, 8, 3), Tiles(*WEIGHT[0][:2], 1, 4, 2), 1024)
+    )
+    found.append(
+        TilePlan(Tiles(32, 64, 16, 4, 3), Tiles(32, 64, 16, 4, 2), Tiles(*WEIGHT[1][:2], 1, 4, 2), 1024)
+    )
+    return found
+
+
+def run(plan: Any, tokens: int, d: int, f: int, r: int, skew: bool, steps: int) -> dict[str, float]:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from graphlora.ops.expert_ffn import triton as path
+
+    path.tile_plan = lambda *_: plan
+    torch.manual_seed(0)
+
+    def draw(*size: int, scale: float = 1.0) -> Any:
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16) * scale
+
+    gate, up, dm = draw(tokens, f), draw(tokens, f), draw(tokens, f)
+    low_gate, low_up, d_low = draw(tokens, 8 * r), draw(tokens, 8 * r), draw(tokens, 8 * r)
+    tables = draw(8, f, r), draw(8, f, r), draw(8, r, f, scale=f**-0.5)
+    scores = torch.rand(tokens, 8, device="cuda")
+    if skew:
+        scores[: tokens // 2, 0] += 1
+    weights, ids = scores.topk(2)
+    weights = weights / weights.sum(1, keepdim=True)
+
+    def step() -> None:
+        out = torch.ops.graphlora.expert_mix_forward(
+            gate, up, low_gate, low_up, *tables, weights, ids, None, 0.0, 2.0, "silu"
+        )
+        torch.ops.graphlora.expert_mix_backward(
+            dm, d_low, gate, up, low_gate, low_up, *tables, weights, ids, None, out[2], 0.0, 2.0, "silu"
+        )
+
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    if not steps:
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    return {e.key: e.self_device_time_total / steps for e in found.key_averages() if e.self_device_time_total}
+
+
+def _compile(job: tuple[Any, int, int, int]) -> None:
+    plan, d, f, r = job
+    try:
+        run(plan, 512, d, f, r, skew=False, steps=0)
+    except Exception as error:
+        print("does not compile:", plan, repr(error)[:200], flush=True)
+
+
+def main() -> None:
+    """Compile all plans in parallel, then time them one by one."""
+    out = open(sys.argv[1], "a", encoding="utf-8")  # noqa: SIM115 (written row by row)
+    cases = [
+        ("llama3-8b", 8, False),
+        ("llama3-8b", 16, False),
+        ("qwen2-7b", 8, False),
+        ("llama3-8b", 8, True),
+    ]
+    jobs = [
+        (plan, *SHAPES[shape], r) for (shape, r, skew), plan in itertools.product(cases, plans()) if not skew
+    ]
+    with multiprocessing.get_context("spawn").Pool(12) as pool:
+        pool.map(_compile, jobs, chunksize=1)
+    print("compiled", flush=True)
+    for shape, r, skew in cases:
+        print(shape, "r", r, "skewed" if skew else "balanced", flush=True)
+        for plan in plans():
+            try:
+                times = run(plan, 8192, *SHAPES[shape], r, skew, steps=6)
+            except Exception as error:
+                print("  failed", plan, repr(error)[:150], flush=True)
+                continue
+            row = {"shape": shape, "r": r, "skew": skew, "plan": plan, "microseconds": times}
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            short = {
+                k.split("_kernel")[0][:16]: round(v) for k, v in sorted(times.items(), key=lambda kv: -kv[1])
+            }
+            names = [tuple(plan.forward), tuple(plan.token_gradient), tuple(plan.weight_gradient), plan.chunk]
+            print("  ", names, short, flush=True)
+
+
+if __name__ == "__main__":
+    main()
