@@ -22,6 +22,7 @@ def test_a_recipe_file_with_overrides(graphlora, adapter, tmp_path):
     code, out, _ = graphlora(*words, "--training_args.adam_beta2", "0.9")
     assert code == 0
     assert "trained 2 steps" in out
+    assert "GiB (the whole process)" in out
     assert f"graphlora evaluate {tmp_path / 'b'} --task" in out
     written = (tmp_path / "b" / "config.yaml").read_text()
     assert "max_steps: 2" in written
@@ -41,6 +42,11 @@ def test_a_recipe_file_with_overrides(graphlora, adapter, tmp_path):
         (["--max_length", 5], "more than max_length 5"),
         (["--max_length", 4096], "the model's window is 128 tokens"),
         (["--report_to", "nonsense"], "nonsense"),
+        (["--step_mode", "graph"], "step_mode is graph, but CUDA graphs need an NVIDIA GPU, not cpu; set"),
+        (["--step_mode", "fast"], "--step_mode is 'fast'; expected"),
+        (["--loss_kernel", "liger"], "loss_kernel is liger, but"),
+        (["--step_mode", "graph", "--loss_kernel", "liger"], "choose one"),
+        (["--training_args.torch_compile", "true"], "use --step_mode compile"),
         (["--loraplus_lr_ratio", 0], "loraplus_lr_ratio is 0.0; give a number above 0"),
     ],
 )

@@ -23,7 +23,12 @@ def message(options: dict) -> str:
 def test_the_remedies_fit_the_recipe():
     text = message({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_length": 512})
     assert "per_device_train_batch_size to 8 and gradient_accumulation_steps to 4" in text
-    for name in ("gradient_checkpointing to true", "load_in_4bit to true", "max_length below 512"):
+    for name in (
+        "gradient_checkpointing to true",
+        "recompute_gate_up to true",
+        "load_in_4bit to true",
+        "max_length below 512",
+    ):
         assert name in text
     assert "step_mode" not in text
 

@@ -70,6 +70,8 @@ def _savings(recipe: Recipe) -> list[str]:
         found.append("step_mode to eager")
     if not recipe.gradient_checkpointing:
         found.append("gradient_checkpointing to true")
+    if recipe.method == "graphlora" and not recipe.recompute_gate_up and not recipe.gradient_checkpointing:
+        found.append("recompute_gate_up to true")
     if not recipe.load_in_4bit:
         found.append("load_in_4bit to true")
     found.append(

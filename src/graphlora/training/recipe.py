@@ -83,6 +83,9 @@ class Recipe:
     load_window: str | None = option("adapter", "cumulative, ema or batch", None)
     modules_to_save: list[str] | None = option("adapter", "modules trained in full", None)
     backend: str | None = option("adapter", "auto, eager, torch or triton", None)
+    recompute_gate_up: bool | None = option(
+        "adapter", "compute the gate and up projections again in backward: less memory, more time", None
+    )
     adapter_args: dict[str, Any] = option("adapter", "any other field of the adapter's config", factory=dict)
 
     data_dir: str | None = option("data", "folder with the tasks' files in the hub's schemas", None)
