@@ -27,6 +27,8 @@ def add_low_rank(result: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scal
     Returns:
         `[..., out]` in the dtype of `result`.
     """
+    if not torch.is_autocast_enabled(result.device.type):
+        return _AddLowRank.apply(result, x.to(result.dtype), lora_A, lora_B, scaling)
     with torch.autocast(result.device.type, enabled=False):
         return _AddLowRank.apply(result, x.to(result.dtype), lora_A, lora_B, scaling)
 
@@ -72,9 +74,9 @@ class _AddLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, result: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     ) -> Tensor:
-        rows, A, B = x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype), lora_B.to(x.dtype)
+        rows, A, B = _rows(x), lora_A.to(x.dtype), lora_B.to(x.dtype)
         low = rows @ A.T
-        out = torch.addmm(result.reshape(-1, result.shape[-1]), low, B.T, alpha=scaling)
+        out = torch.addmm(_rows(result), low, B.T, alpha=scaling)
         ctx.save_for_backward(rows, low, A, B)
         ctx.scaling, ctx.dtypes = scaling, (lora_A.dtype, lora_B.dtype)
         return out.view(result.shape)
@@ -82,9 +84,9 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, A, B = ctx.saved_tensors
-        grad = grad_outputs[0].reshape(-1, B.shape[0])
+        grad = _rows(grad_outputs[0])
         d_low, d_A, d_B = _weight_gradients(grad, rows, low, B, ctx.scaling, ctx.dtypes)
-        d_x = (d_low @ A).view(*grad_outputs[0].shape[:-1], -1) if ctx.needs_input_grad[1] else None
+        d_x = (d_low @ A).view(*grad_outputs[0].shape[:-1], A.shape[1]) if ctx.needs_input_grad[1] else None
         return grad_outputs[0], d_x, d_A, d_B, None
 
 
@@ -99,21 +101,21 @@ class _LoraLinear(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
     ) -> Tensor:
-        rows, A, B = x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype), lora_B.to(x.dtype)
+        rows, A, B = _rows(x), lora_A.to(x.dtype), lora_B.to(x.dtype)
         low = rows @ A.T
         out = nn.functional.linear(rows, weight, bias).addmm_(low, B.T, alpha=scaling)
         ctx.save_for_backward(rows, weight, low, A, B)
         ctx.scaling, ctx.dtypes = scaling, (lora_A.dtype, lora_B.dtype)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, low, A, B = ctx.saved_tensors
-        grad = grad_outputs[0].reshape(-1, B.shape[0])
+        grad = _rows(grad_outputs[0])
         d_low, d_A, d_B = _weight_gradients(grad, rows, low, B, ctx.scaling, ctx.dtypes)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (grad @ weight).addmm_(d_low, A).view(*grad_outputs[0].shape[:-1], -1)
+            d_x = (grad @ weight).addmm_(d_low, A).view(*grad_outputs[0].shape[:-1], A.shape[1])
         return d_x, None, None, d_A, d_B, None
 
 
@@ -134,3 +136,7 @@ def _weight_gradients(
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """`scaling * a @ b` in one call."""
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])

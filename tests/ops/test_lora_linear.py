@@ -1,0 +1,123 @@
+"""One low-rank pair beside a frozen linear layer: values, gradients, and how few calls it takes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphlora.ops.lora_linear import add_low_rank, lora_linear, plain_matrix
+
+SCALING = 1.7
+
+
+class Kernels(TorchDispatchMode):
+    """Operations that compute or copy; views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(tag in str(func) for tag in ("view", "aten.t.", "detach", "empty", "permute", "alias")):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def case(dtype=torch.float32, bias=True, shape=(2, 5)):
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 7, bias=bias).to(dtype).requires_grad_(False)
+    A, B = nn.Parameter(torch.randn(3, 12)), nn.Parameter(torch.randn(7, 3))
+    x = torch.randn(*shape, 12).to(dtype).requires_grad_()
+    return layer, x, A, B
+
+
+def written_out(layer, x, A, B):
+    result = layer(x)
+    return result + (SCALING * (x @ A.to(result.dtype).T)) @ B.to(result.dtype).T
+
+
+def fused(layer, x, A, B):
+    return lora_linear(x, *plain_matrix(layer, x), A, B, SCALING)
+
+
+def beside(layer, x, A, B):
+    return add_low_rank(layer(x), x, A, B, SCALING)
+
+
+def results(function, layer, x, A, B):
+    out = function(layer, x, A, B)
+    gradients = torch.autograd.grad(out, (x, A, B), torch.ones_like(out).cumsum(-1))
+    return (out, *gradients)
+
+
+@pytest.mark.parametrize("function", [fused, beside])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 5), (4,), (), (0,)])
+def test_equals_the_formula(function, bias, shape):
+    arguments = case(bias=bias, shape=shape)
+    for found, expected in zip(results(function, *arguments), results(written_out, *arguments), strict=True):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [fused, beside])
+def test_half_precision_beside_float32_weights(function):
+    arguments = case(torch.bfloat16)
+    exact = case(torch.float32)
+    found = results(function, *arguments)
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for one, other in zip(found, results(written_out, *exact), strict=True):
+        assert (one.float() - other).norm() / other.norm() < 0.02
+
+
+def test_autocast_leaves_a_float32_result_float32():
+    layer, x, A, B = case()
+    expected = beside(layer, x, A, B)
+    result = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert plain_matrix(layer, x) is None
+        found = add_low_rank(result, x, A, B, SCALING)
+    assert torch.equal(found, expected)
+
+
+def test_first_layer_needs_no_gradient_of_its_input():
+    layer, x, A, B = case()
+    for function in (fused, beside):
+        function(layer, x.detach(), A, B).sum().backward()
+    torch.testing.assert_close(A.grad, 2 * torch.autograd.grad(written_out(layer, x, A, B).sum(), A)[0])
+
+
+CASTS = ["_to_copy", "_to_copy"]
+
+
+@pytest.mark.parametrize(
+    ("function", "forward", "backward"),
+    [
+        (fused, ["mm", "addmm", "addmm_"], ["addmm", "addmm", "addmm_", "mm", "mm"]),
+        (beside, ["mm", "addmm", "addmm"], ["addmm", "addmm", "mm", "mm", "mm", "add"]),
+    ],
+)
+def test_calls(function, forward, backward):
+    """Casts of A and B, and one call per product: the frozen layer's own are one `addmm` and one `mm`."""
+    layer, x, A, B = case(torch.bfloat16)
+    grad = torch.randn(2, 5, 7).bfloat16()
+    with Kernels() as calls:
+        out = function(layer, x, A, B)
+    assert sorted(calls.names) == sorted(CASTS + forward)
+    with Kernels() as calls:
+        out.backward(grad)
+    assert sorted(calls.names) == sorted(CASTS + backward)
+
+
+def test_what_is_not_a_plain_matrix():
+    layer, x, *_ = case()
+    assert plain_matrix(layer, x) is not None
+    assert plain_matrix(layer, x.bfloat16()) is None
+    assert plain_matrix(nn.Sequential(layer), x) is None
+    hook = layer.register_forward_hook(lambda *_: None)
+    assert plain_matrix(layer, x) is None
+    hook.remove()
+    layer.forward = layer.forward
+    assert plain_matrix(layer, x) is None
+    del layer.forward
+    assert plain_matrix(layer.requires_grad_(), x) is None
