@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LOG_EPS = 1e-16
+# Floor of a router probability in a logarithm.
+LOG_EPS = 1e-16
 _LOAD_EPS = 1e-8
 # Targets of 38 experts and more underflow to zero, whose logarithm would make the gradient NaN.
 _SMALLEST_TARGET = torch.finfo(torch.float32).tiny
@@ -49,6 +50,11 @@ def normal_target(normal_scale: Tensor, num_experts: int, across_layers: bool = 
     return target.sort(dim=-1, descending=True).values
 
 
+def log_target(target: Tensor) -> Tensor:
+    """Logarithm of a target, of the same shape; finite also where the target underflows."""
+    return target.clamp_min(_SMALLEST_TARGET).log()
+
+
 def divergence(target: Tensor, observed: Tensor, form: str, eps: float) -> Tensor:
     """Distance of `observed` from `target` over the last dimension.
 
@@ -59,9 +65,9 @@ def divergence(target: Tensor, observed: Tensor, form: str, eps: float) -> Tenso
             code).
         eps: floor of `observed` for `"kl"`, added to it for `"abs_log_ratio"`.
     """
-    floored = target.clamp_min(_SMALLEST_TARGET)
     if form == "kl":
-        return (target * (floored.log() - observed.clamp_min(eps).log())).sum(dim=-1)
+        return (target * (log_target(target) - observed.clamp_min(eps).log())).sum(dim=-1)
+    floored = target.clamp_min(_SMALLEST_TARGET)
     return (target * (floored / (observed + eps)).log().abs()).sum(dim=-1)
 
 
@@ -78,7 +84,7 @@ def poisson_distinction(router_probs: Tensor, poisson_rate: Tensor, form: str = 
     """
     sorted_probs = router_probs.float().sort(dim=-1, descending=True).values
     target = poisson_target(poisson_rate, router_probs.shape[-1])[..., None, :]
-    return divergence(target, sorted_probs, form, _LOG_EPS)
+    return divergence(target, sorted_probs, form, LOG_EPS)
 
 
 def normal_balance(

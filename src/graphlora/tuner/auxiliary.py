@@ -11,7 +11,16 @@ from torch import Tensor
 
 from graphlora.errors import GraphLoraError
 from graphlora.load import all_ranks_load, batch_load, windowed_load
-from graphlora.losses import edge_density_penalty, normal_balance, poisson_distinction, switch_balance
+from graphlora.losses import (
+    LOG_EPS,
+    edge_density_penalty,
+    log_target,
+    normal_balance,
+    poisson_distinction,
+    poisson_target,
+    switch_balance,
+)
+from graphlora.ops.backend import resolve_backend
 from graphlora.router import GraphRouter, Routing
 from graphlora.tuner.masks import warn_once
 from graphlora.tuner.record import RoutingRecord
@@ -21,6 +30,8 @@ if TYPE_CHECKING:
     from graphlora.tuner.layer import GraphLoraLayer
 
 Entry = tuple["GraphLoraLayer", Routing, "Tensor | None"]
+_Sums = tuple[Tensor, list[Tensor], list[Tensor]]
+_KERNEL_EXPERTS = 64
 
 
 def auxiliary_loss(
@@ -47,11 +58,12 @@ def auxiliary_loss(
     device = record.entries[0][1].router_logits.device
     entries = [(layer, routing, _mask_for(layer, routing, masks)) for layer, routing in record.entries]
     total = torch.zeros((), device=device)
+    sums = _fused_sums if _has_kernel(entries, config, device) else _torch_sums
+    poisson, loads, logits = sums(entries, adapter_name, config, device)
     if config.router_poisson_loss_coef:
-        total = total + config.router_poisson_loss_coef * _poisson(entries, adapter_name, config, device)
-    loads = [_batch_load(routing, mask, config).to(device) for _, routing, mask in entries]
+        total = total + config.router_poisson_loss_coef * poisson
     if record.training:
-        loads = _sum_over_ranks(entries, loads, adapter_name, device)
+        loads = _sum_over_ranks(entries, loads, logits, adapter_name)
     windowed = []
     # A batch alone is too noisy to report, so the batch window remembers as the ema does.
     kept = "cumulative" if config.load_window == "cumulative" else "ema"
@@ -99,6 +111,60 @@ def _mask_for(layer: GraphLoraLayer, routing: Routing, masks: dict[str, Tensor |
         warn_once(f"the attention mask has another number of tokens than {layer.block_name} saw")
         return None
     return mask.to(routing.router_logits.device)
+
+
+def _has_kernel(entries: list[Entry], config: GraphLoraConfig, device: torch.device) -> bool:
+    if resolve_backend(config.backend, device.type) != "triton":
+        return False
+    return all(routing.router_probs.shape[1] <= _KERNEL_EXPERTS for _, routing, _ in entries)
+
+
+def _torch_sums(
+    entries: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
+) -> _Sums:
+    """Poisson loss, loads, and sums of the centered logits with the number of tokens, by block."""
+    poisson = torch.zeros((), device=device)
+    if config.router_poisson_loss_coef:
+        poisson = _poisson(entries, adapter_name, config, device)
+    loads = [_batch_load(routing, mask, config).to(device) for _, routing, mask in entries]
+    logits = [torch.cat([t.to(device) for t in _summed_logits(r, mask)]) for _, r, mask in entries]
+    return poisson, loads, logits
+
+
+def _fused_sums(
+    entries: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
+) -> _Sums:
+    """As `_torch_sums`, from one kernel per direction for all blocks of equal shape."""
+    from graphlora.ops.routing_sums.triton import routing_sums_triton
+
+    per_block: list[Tensor] = []
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    absolute = config.divergence != "kl"
+    for group in _groups(entries).values():
+        rates = torch.stack(
+            [layer.coordination(adapter_name).poisson_rate.to(device) for layer, _, _ in group]
+        )
+        target = poisson_target(rates, group[0][1].router_probs.shape[1])
+        columns = zip(*(vars(routing).values() for _, routing, _ in group), strict=True)
+        logits, probs, weights, index = (torch.stack([t.to(device) for t in column]) for column in columns)
+        mask = group[0][2]
+        sums = routing_sums_triton(
+            logits,
+            probs,
+            weights,
+            index,
+            None if mask is None else mask.to(device),
+            log_target(target),
+            absolute=absolute,
+            eps=LOG_EPS,
+            count_probs=not config.norm_load_weights,
+        )
+        per_block.append((target * sums.divergence).sum(dim=-1) / sums.count.clamp_min(1))
+        logits_and_count = torch.cat([sums.logits, sums.count[:, None]], dim=1)
+        for (_, routing, _), load, logit in zip(group, sums.load, logits_and_count, strict=True):
+            found[id(routing)] = load, logit
+    loads, logits = zip(*(found[id(routing)] for _, routing, _ in entries), strict=True)
+    return torch.cat(per_block).mean(), list(loads), list(logits)
 
 
 def _poisson(
@@ -159,12 +225,13 @@ def _summed_logits(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _sum_over_ranks(
-    entries: list[Entry], loads: list[Tensor], adapter_name: str, device: torch.device
+    entries: list[Entry], loads: list[Tensor], logits: list[Tensor], adapter_name: str
 ) -> list[Tensor]:
-    """Loads summed over all processes, by the one reduction of a training forward; also centers the routers."""
-    parts: list[Tensor] = []
-    for (_, routing, mask), load in zip(entries, loads, strict=True):
-        parts += [load.detach(), *(t.to(device) for t in _summed_logits(routing, mask))]
+    """Loads summed over all processes, by the one reduction of a training forward; also centers the routers.
+
+    `logits` are sums of the centered logits with the number of tokens behind them, `[num_experts + 1]` by block.
+    """
+    parts = [part for load, logit in zip(loads, logits, strict=True) for part in (load.detach(), logit)]
     summed = torch.cat(parts)
     world_size = 1
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -174,10 +241,10 @@ def _sum_over_ranks(
     pieces = summed.split(sizes)
     result = []
     for i, ((layer, _, _), load) in enumerate(zip(entries, loads, strict=True)):
-        total_load, total_logits, count = pieces[3 * i : 3 * i + 3]
+        total_load, total_logits = pieces[2 * i : 2 * i + 2]
         result.append(load if world_size == 1 else all_ranks_load(load, total_load, world_size))
-        home = layer.coordination(adapter_name).cumulative_weights.device
-        layer.router(adapter_name).collect(total_logits.to(home), count[0].to(home))
+        at_home = total_logits.to(layer.coordination(adapter_name).cumulative_weights.device)
+        layer.router(adapter_name).collect(at_home[:-1], at_home[-1])
     return result
 
 

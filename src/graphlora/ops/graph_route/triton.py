@@ -201,7 +201,9 @@ class _GraphRoute(torch.autograd.Function):
             return (None,) * 14
         wanted = ctx.needs_input_grad
         grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph = (
-            torch.ops.graphlora.graph_route_backward(*grads, *ctx.saved_tensors, *ctx.settings, wanted[6], wanted[0])
+            torch.ops.graphlora.graph_route_backward(
+                *grads, *ctx.saved_tensors, *ctx.settings, wanted[6], wanted[0]
+            )
         )
         return (
             grad_x if wanted[0] else None,

@@ -34,7 +34,13 @@ class _Tiles(NamedTuple):
 
     @property
     def row_constants(self) -> dict[str, int | bool]:
-        return {"BT": self.tokens, "NP": self.num_nodes, "G": self.width, "BK": self.depth, "PRECISE": self.precise}
+        return {
+            "BT": self.tokens,
+            "NP": self.num_nodes,
+            "G": self.width,
+            "BK": self.depth,
+            "PRECISE": self.precise,
+        }
 
     @property
     def token_constants(self) -> dict[str, int | bool]:
@@ -88,7 +94,17 @@ def prepare(
         static, P_x, W and S rounded for products (empty where they need no copy), sums of squares `[tokens]` or empty.
     """
     outputs = _prepare_fake(
-        features, conv, self_weight, graph, token_proj, x, residual, act, graph_normalized, square_sums, project
+        features,
+        conv,
+        self_weight,
+        graph,
+        token_proj,
+        x,
+        residual,
+        act,
+        graph_normalized,
+        square_sums,
+        project,
     )
     static, proj_rounded, conv_rounded, self_rounded, square_sum = outputs
     num_experts, g = features.shape
@@ -240,7 +256,9 @@ def backward(
         NQ=_padded_nodes(num_experts), BI=_STATIC_COLUMNS, BK=min(tiles.width, 64), RESIDUAL=residual != 0,
         GIVEN=graph_normalized, EDGES=graph_grad, num_warps=4, **common,
     )  # fmt: skip
-    grad_graph = _graph_gradient(edges, grad_mixing.sum(dim=0), num_experts, residual) if graph_grad else outputs[6]
+    grad_graph = (
+        _graph_gradient(edges, grad_mixing.sum(dim=0), num_experts, residual) if graph_grad else outputs[6]
+    )
     if x_grad:
         block = 64 if tiles.precise else 128
         tokens_part.input_gradient_kernel[(triton.cdiv(d, block), triton.cdiv(tokens, block))](
@@ -264,7 +282,9 @@ def _node_gradients(
     grad_vq = torch.empty_like(vq, dtype=dtype)
     partial = vq.new_empty(num_tiles, rows, g)
     blocks = triton.cdiv(g, tiles.depth)
-    edges = vq.new_empty(num_tiles * blocks if graph_grad else 0, num_experts * num_experts + 2 * num_experts + 1)
+    edges = vq.new_empty(
+        num_tiles * blocks if graph_grad else 0, num_experts * num_experts + 2 * num_experts + 1
+    )
     per_tile = tiles.tokens * num_experts * (width + g) * dtype.itemsize
     step = max(_SCRATCH_BYTES // per_tile, 1) * tiles.tokens
     second_layer = None

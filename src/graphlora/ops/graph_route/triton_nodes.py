@@ -78,7 +78,9 @@ def _expert_rows(
         h, spread = _spread(taken, experts, token, link, BT, NP, BK, ACT, PRECISE)
         acc = dot(spread, rounded(_matrix(conv + g * g, j[None, :], k[:, None], g), PRECISE), acc, PRECISE)
         if SELF:
-            acc = dot(h, rounded(_matrix(self_weight + g * g, j[None, :], k[:, None], g), PRECISE), acc, PRECISE)
+            acc = dot(
+                h, rounded(_matrix(self_weight + g * g, j[None, :], k[:, None], g), PRECISE), acc, PRECISE
+            )
         if KEEP:
             at, live = _scratch_rows(t, first, n, T, N, BT, NP)
             at = at[:, None] * (2 * g if SELF else g) + k[None, :]
@@ -243,10 +245,19 @@ def nodes_backward_kernel(
     d_h = tl.zeros((R, BK), tl.float32)
     for start in range(0, G, BK):
         j = start + tl.arange(0, BK)
-        d_rows = tl.load(grad_rows + at[:, None] * g + j[None, :], mask=live[:, None] & (j < g)[None, :], other=0.0)
-        d_spread = dot(d_rows, rounded(_matrix(conv + g * g, j[:, None], k[None, :], g), PRECISE), d_spread, PRECISE)
+        d_rows = tl.load(
+            grad_rows + at[:, None] * g + j[None, :], mask=live[:, None] & (j < g)[None, :], other=0.0
+        )
+        d_spread = dot(
+            d_rows, rounded(_matrix(conv + g * g, j[:, None], k[None, :], g), PRECISE), d_spread, PRECISE
+        )
         if SELF:
-            d_h = dot(d_rows, rounded(_matrix(self_weight + g * g, j[:, None], k[None, :], g), PRECISE), d_h, PRECISE)
+            d_h = dot(
+                d_rows,
+                rounded(_matrix(self_weight + g * g, j[:, None], k[None, :], g), PRECISE),
+                d_h,
+                PRECISE,
+            )
     taken = rounded(_neighbors(static + mix_at, N, NP, R, True), PRECISE)
     d_h = dot(taken, rounded(d_spread, PRECISE), d_h, PRECISE)
 

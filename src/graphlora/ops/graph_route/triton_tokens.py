@@ -66,7 +66,9 @@ def tokens_backward_kernel(
         acc = dot(grad, rounded(tl.load(conv + weight_at, mask=inside, other=0.0), PRECISE), acc, PRECISE)
         if SELF:
             grad = tl.load(grad_vq + at + g, mask=live, other=0.0)
-            acc = dot(grad, rounded(tl.load(self_weight + weight_at, mask=inside, other=0.0), PRECISE), acc, PRECISE)
+            acc = dot(
+                grad, rounded(tl.load(self_weight + weight_at, mask=inside, other=0.0), PRECISE), acc, PRECISE
+            )
     live = (t < T)[:, None] & (i < g)[None, :]
     at = t.to(tl.int64)[:, None] * g + i[None, :]
     y = tl.load(z + at, mask=live, other=0.0)
@@ -93,12 +95,18 @@ def input_gradient_kernel(
     for start in range(0, G, BK):
         i = start + tl.arange(0, BK)
         left = tl.load(
-            grad_z + t.to(tl.int64)[:, None] * g + i[None, :], mask=(t < T)[:, None] & (i < g)[None, :], other=0.0
+            grad_z + t.to(tl.int64)[:, None] * g + i[None, :],
+            mask=(t < T)[:, None] & (i < g)[None, :],
+            other=0.0,
         )
-        right = tl.load(proj + i[:, None] * d + k[None, :], mask=(i < g)[:, None] & (k < d)[None, :], other=0.0)
+        right = tl.load(
+            proj + i[:, None] * d + k[None, :], mask=(i < g)[:, None] & (k < d)[None, :], other=0.0
+        )
         acc = dot(left, right, acc, PRECISE)
     at = t.to(tl.int64)[:, None] * d + k[None, :]
     live = (t < T)[:, None] & (k < d)[None, :]
     if NORM:
-        acc -= tl.load(pull + t, mask=t < T, other=0.0)[:, None] * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+        acc -= tl.load(pull + t, mask=t < T, other=0.0)[:, None] * tl.load(x + at, mask=live, other=0.0).to(
+            tl.float32
+        )
     tl.store(grad_x + at, acc.to(grad_x.dtype.element_ty), mask=live)
