@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_llama import adapter_state, assert_same, gradients, make_base, make_batch, make_model
+from tiny_trainers import run_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -125,11 +126,27 @@ def test_evaluation_equals_the_uncompiled_model():
     assert_no_break_in_layers()
 
 
-def test_watching_a_compiled_model():
-    model, batch = make_model(), make_batch([6, 3])
-    forward, _ = compiled(model)
-    with model.base_model.record_routing() as record:
-        out = forward(**batch)
-    assert list(record) == [layer.block_name for layer in model.base_model._layers()]
-    for routing, logits in zip(record.values(), out.router_logits, strict=True):
-        assert torch.equal(routing.router_logits, logits)
+@torch.no_grad()
+def test_generation_with_a_static_cache_compiles_once_per_phase():
+    model = make_model(base=make_base(num_hidden_layers=1)).eval()
+    inner = model.get_base_model()
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    ids = make_batch([5, 5])["input_ids"]
+    expected = model.generate(input_ids=ids, **options)
+    assert torch.equal(model.generate(input_ids=ids, cache_implementation="static", **options), expected)
+    counter = CompileCounterWithBackend("aot_eager")
+    inner.forward = torch.compile(inner.forward, backend=counter, dynamic=False)
+    found = model.generate(input_ids=ids, cache_implementation="static", **options)
+    assert torch.equal(found, expected)
+    assert counter.frame_count == 2  # the prompt, then one token at a time
+    assert_no_break_in_layers()
+
+
+def test_trainer_compiles(tmp_path):
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    expected, found = ([*run_trainer(tmp_path, [6] * 16, **chosen)[0]] for chosen in ({}, options))
+    assert len(expected) == len(found) == 2
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other, 1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_no_break_in_layers()
