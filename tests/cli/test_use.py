@@ -146,3 +146,12 @@ def test_info_needs_neither_torch_nor_the_base_model(adapter, tmp_path):
         f"assert main(['info', {str(adapter)!r}]) == 0; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_compile_is_ignored_on_a_cpu(graphlora, adapter):
+    words = ["generate", adapter, "--prompt", "What color is the sky?", "--template", "{prompt}"]
+    words += ["--max_new_tokens", 4, "--device", "cpu"]
+    code, out, error = graphlora(*words, "--compile")
+    assert code == 0
+    assert error == "--compile is for CUDA devices; ignored on cpu"
+    assert out == graphlora(*words)[1]

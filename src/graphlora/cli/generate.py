@@ -20,7 +20,10 @@ EXAMPLE = """
 graphlora generate runs/quiz --template 'Question: {prompt}\\nAnswer:' --prompt 'Why is the sky blue?'
 graphlora generate runs/chat
 graphlora generate runs/quiz --file questions.txt --output answers.jsonl --max_new_tokens 20
+graphlora generate runs/quiz --file questions.txt --output answers.jsonl --compile
 """
+# Lengths of a compiled model's cache are multiples of this, so that few lengths are compiled.
+CACHE_STEP = 512
 CHAT_HELP = "type a message; /reset forgets the conversation, /exit or Ctrl-D ends"
 
 
@@ -59,6 +62,11 @@ def build_parser() -> ArgumentParser:
     answers.add_argument(
         "--output", type=str | None, default=None, help="JSONL file for the answers to a file"
     )
+    answers.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model and record its steps as CUDA graphs: slow to start, then faster; CUDA devices only",
+    )
     add_model_options(parser.add_argument_group("Model"))
     return parser
 
@@ -93,6 +101,9 @@ class Speaker:
 
         set_seed(arguments.seed)
         self.model, self.tokenizer, self.chat = model, tokenizer, chat
+        self.batch_size: int = arguments.batch_size
+        self.cache: tuple[tuple[int, int], Any] | None = None
+        self.compiles: bool = arguments.compile and _may_compile(model)
         self.system = arguments.system
         self.window: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         draws = (
@@ -125,13 +136,34 @@ class Speaker:
 
         inputs = self._encoded([text])
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = self.model.generate(**inputs, generation_config=self.settings, streamer=streamer)
+        output = self._generate(inputs, streamer=streamer)
         return self._answers(output, inputs)[0]
 
     def answers(self, texts: list[str]) -> list[str]:
         """Answers to a batch."""
-        inputs = self._encoded(texts)
-        return self._answers(self.model.generate(**inputs, generation_config=self.settings), inputs)
+        # A compiled model has one batch size.
+        missing = max(self.batch_size - len(texts), 0) if self.compiles else 0
+        inputs = self._encoded([*texts, *texts[-1:] * missing])
+        return self._answers(self._generate(inputs), inputs)[: len(texts)]
+
+    def _generate(self, inputs: Any, **kwargs: Any) -> Any:
+        if self.compiles:
+            # transformers compiles the steps behind a cache of fixed size, and leaves them uncompiled without one.
+            kwargs["past_key_values"] = self._static_cache(*inputs["input_ids"].shape)
+        return self.model.generate(**inputs, generation_config=self.settings, **kwargs)
+
+    def _static_cache(self, batch: int, length: int) -> Any:
+        """An empty cache that holds prompt and answer; the last one where it has the size."""
+        from transformers import StaticCache
+
+        needed = length + self.settings.max_new_tokens
+        size = -(-needed // CACHE_STEP) * CACHE_STEP
+        if self.cache is not None and self.cache[0] == (batch, size):
+            self.cache[1].reset()
+        else:
+            config = self.model.config.get_text_config(decoder=True)
+            self.cache = (batch, size), StaticCache(config=config, max_cache_len=size)
+        return self.cache[1]
 
     def _encoded(self, texts: list[str]) -> Any:
         inputs = self.tokenizer(
@@ -150,6 +182,21 @@ class Speaker:
     def _answers(self, output: Any, inputs: Any) -> list[str]:
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _may_compile(model: Any) -> bool:
+    """Whether `--compile` does anything on the model's device; says so where it does not.
+
+    Raises:
+        GraphLoraError: for an architecture that cannot be compiled.
+    """
+    if model.device.type != "cuda":
+        sys.stderr.write(f"--compile is for CUDA devices; ignored on {model.device.type}\n")
+        return False
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(base, "_can_compile_fullgraph", False):
+        raise GraphLoraError(f"{type(base).__name__} cannot be compiled to generate; leave --compile out")
+    return True
 
 
 def _check(arguments: Namespace) -> None:
