@@ -62,7 +62,9 @@ class _LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         kwargs = kwargs or {}
-        before = {id(_storage(t)) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        # Held while the operation runs, so that no result gets the identity of one of them.
+        inputs = [_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        before = {id(storage) for storage in inputs}
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):

@@ -1,0 +1,224 @@
+"""One decoder layer, and what surrounds the layers, measured for a kind of adapter."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from graphlora.benchmark.memory import measure_memory
+from graphlora.benchmark.random_model import bypassed, decoder_layers, random_model, with_layers
+from graphlora.benchmark.timing import FULL, Stopwatch, interleave, release
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is asked about.
+
+    Attributes:
+        config: architecture.
+        batch_size: rows per step.
+        length: tokens per row.
+        device: where it runs.
+        dtype: of the frozen weights.
+        gradient_checkpointing: whether layers recompute their activations.
+        iterations: timed iterations.
+    """
+
+    config: PretrainedConfig
+    batch_size: int
+    length: int
+    device: torch.device
+    dtype: torch.dtype
+    gradient_checkpointing: bool = False
+    iterations: int = 10
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What was measured of one candidate; times in milliseconds, memory in bytes.
+
+    Attributes:
+        forward: of one decoder layer.
+        backward: of one decoder layer.
+        rest: forward and backward of embedding, head and loss.
+        losses: forward and backward of what joins the layers' routing to the loss, for one layer.
+        optimizer: one step for the adapters of all layers.
+        layer_weights: frozen weights of one layer.
+        rest_weights: frozen weights outside of the layers.
+        layer_trained: adapter weights of one layer.
+        num_trained: adapter parameters of one layer.
+        activations: what one layer keeps for backward.
+        recomputation: the most that forward and backward of one layer hold at a time, above their input.
+        rest_peak: the most that embedding, head and loss hold at a time.
+    """
+
+    forward: float
+    backward: float
+    rest: float
+    losses: float
+    optimizer: float
+    layer_weights: int
+    rest_weights: int
+    layer_trained: int
+    num_trained: int
+    activations: int
+    recomputation: int
+    rest_peak: int
+
+
+def measure_parts(setting: Setting, adapter: PeftConfig | None) -> Parts:
+    """Measures a model of one layer with the adapter (None: the frozen model), in pieces.
+
+    The optimizer is timed on as many adapter weights as the whole model has.
+    """
+    num_layers = int(setting.config.get_text_config().num_hidden_layers)
+    model = one_layer_model(setting, adapter)
+    layers = decoder_layers(model)
+    layer = layers[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids = random_tokens(setting)
+    args, kwargs = _arguments_of(layer, lambda: loss_of(model, ids))
+    hidden = args[0] if args else kwargs["hidden_states"]
+    inner = [p for p in layer.parameters() if p.requires_grad]
+
+    def run_layer(watch: Stopwatch | None) -> Tensor:
+        leaf = hidden.detach().requires_grad_()
+        result = layer(leaf, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
+        out = result[0] if isinstance(result, tuple) else result
+        if watch is not None:
+            watch.lap("forward")
+            torch.autograd.grad(out, [leaf, *inner], torch.ones_like(out), allow_unused=True)
+            watch.lap("backward")
+        return out
+
+    def run_rest(watch: Stopwatch) -> None:
+        with bypassed(layers):
+            _backward(loss_of(model, ids), trained)
+        watch.lap("rest")
+
+    def run_whole(watch: Stopwatch) -> None:
+        _backward(loss_of(model, ids), trained)
+        watch.lap("whole")
+
+    calls = {"layer": lambda w: _ignore(run_layer(w)), "rest": run_rest, "whole": run_whole}
+    timings = interleave(calls, setting.device, warmup=3, iterations=setting.iterations).timings
+    forward, backward = timings["layer"]["forward"].median, timings["layer"]["backward"].median
+    rest = timings["rest"]["rest"].median
+    losses = max(0.0, timings["whole"]["whole"].median - forward - backward - rest)
+    release(setting.device)
+    activations, recomputation = _layer_memory(setting, run_layer)
+    with measure_memory(setting.device) as memory, bypassed(layers):
+        _backward(loss_of(model, ids), trained)
+    weights = sum(_size(p) for p in layer.parameters() if not p.requires_grad)
+    return Parts(
+        forward=forward,
+        backward=backward,
+        rest=rest,
+        losses=losses,
+        optimizer=_optimizer_time(setting, inner, num_layers),
+        layer_weights=weights,
+        rest_weights=sum(_size(p) for p in model.parameters() if not p.requires_grad) - weights,
+        layer_trained=sum(_size(p) for p in inner),
+        num_trained=sum(p.numel() for p in inner),
+        activations=activations,
+        recomputation=recomputation,
+        rest_peak=memory.peak,
+    )
+
+
+def one_layer_model(setting: Setting, adapter: PeftConfig | None) -> nn.Module:
+    """The architecture with a single layer and random weights, adapted."""
+    return adapted_model(setting, with_layers(setting.config, 1), adapter)
+
+
+def adapted_model(setting: Setting, config: PretrainedConfig, adapter: PeftConfig | None) -> nn.Module:
+    """A model with random weights and the adapter, ready to train."""
+    model: Any = random_model(config, setting.device, setting.dtype)
+    model.config.use_cache = False
+    if adapter is None:
+        return model
+    # A copy, because PEFT writes the names that it finds in one model into the config.
+    return cast(nn.Module, get_peft_model(model, copy.deepcopy(adapter))).train()
+
+
+def random_tokens(setting: Setting) -> Tensor:
+    """`[batch, length]` random token ids."""
+    vocabulary = int(setting.config.get_text_config().vocab_size)
+    generator = torch.Generator(setting.device).manual_seed(0)
+    shape = (setting.batch_size, setting.length)
+    return torch.randint(0, vocabulary, shape, device=setting.device, generator=generator)
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    """Loss of a batch; the gradient runs back to the embedding's output, as with an adapter in the first layer."""
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    return model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+
+
+def _backward(loss: Tensor, trained: list[nn.Parameter]) -> None:
+    loss.backward()
+    for parameter in trained:
+        parameter.grad = None
+
+
+def _arguments_of(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model passes to its layer."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, dict(kwargs)))
+
+    hook = layer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _layer_memory(setting: Setting, run_layer: Callable[[Stopwatch | None], Tensor]) -> tuple[int, int]:
+    """Bytes that a layer keeps for backward, and the most that it holds at a time.
+
+    Collecting garbage first matters: a forward may leave cycles that hold tensors for a while.
+    """
+    with measure_memory(setting.device) as kept:
+        out = run_layer(None)
+        gc.collect()
+    del out
+    with measure_memory(setting.device) as most:
+        run_layer(Stopwatch(setting.device))
+    return kept.kept, most.peak
+
+
+def _optimizer_time(setting: Setting, one_layer: list[nn.Parameter], num_layers: int) -> float:
+    """AdamW on the adapters of all layers."""
+    if not one_layer:
+        return 0.0
+    copies = [nn.Parameter(p.detach().clone()) for _ in range(num_layers) for p in one_layer]
+    for parameter in copies:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer = torch.optim.AdamW(copies, fused=setting.device.type == "cuda")
+
+    def step(watch: Stopwatch) -> None:
+        optimizer.step()
+        watch.lap("optimizer")
+
+    timings = interleave({"": step}, setting.device, warmup=2, iterations=setting.iterations).timings
+    return timings[""][FULL].median
+
+
+def _size(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def _ignore(value: object) -> None:
+    del value

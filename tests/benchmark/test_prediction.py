@@ -1,0 +1,126 @@
+"""The prediction of `graphlora bench` is close to a real run, and can tell when it is not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import GPT2Config, LlamaConfig
+
+from graphlora import GraphLoraConfig
+from graphlora.benchmark.layer import Setting, measure_parts
+from graphlora.benchmark.memory import measure_memory, measure_saved
+from graphlora.benchmark.prediction import measure_whole, predict, put_together
+from graphlora.benchmark.random_model import bypassed, decoder_layers, random_model, twin, with_layers
+from graphlora.benchmark.timing import Stopwatch, interleave
+
+CPU = torch.device("cpu")
+LLAMA = LlamaConfig(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+ADAPTERS = {
+    "frozen": None,
+    "lora": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "graphlora": GraphLoraConfig(task_type="CAUSAL_LM"),
+}
+# What `graphlora bench` promises.
+TOLERANCE = 0.3
+TRIES = 4
+
+
+def setting(**changes) -> Setting:
+    return replace(Setting(LLAMA, 2, 64, CPU, torch.float32, iterations=5), **changes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_predicted_memory_is_that_of_a_real_run(kind, checkpointing):
+    asked = setting(gradient_checkpointing=checkpointing, iterations=1)
+    predicted, measured = predict(asked, ADAPTERS[kind]), measure_whole(asked, ADAPTERS[kind])
+    assert predicted.peak == pytest.approx(measured.peak, rel=TOLERANCE)
+
+
+def test_predicted_time_is_that_of_a_real_run():
+    gaps = []
+    for _ in range(TRIES):  # a busy machine can slow down either half
+        asked = setting()
+        predicted = predict(asked, ADAPTERS["graphlora"])
+        measured = measure_whole(asked, ADAPTERS["graphlora"])
+        gaps.append(abs(predicted.step / measured.step - 1))
+        if gaps[-1] <= TOLERANCE:
+            return
+    pytest.fail(f"off by {[f'{gap:.0%}' for gap in gaps]}")
+
+
+def test_a_wrong_number_of_layers_would_be_noticed():
+    parts = measure_parts(setting(iterations=1), ADAPTERS["graphlora"])
+    wrong = put_together(setting(config=with_layers(LLAMA, 8)), parts)
+    measured = measure_whole(setting(iterations=1), ADAPTERS["graphlora"])
+    assert wrong.peak > (1 + TOLERANCE) * measured.peak
+
+
+def test_counts_are_those_of_the_whole_model():
+    predicted = predict(setting(iterations=1), ADAPTERS["lora"])
+    model = random_model(LLAMA, CPU, torch.float32)
+    assert predicted.weights == 4 * sum(p.numel() for p in model.parameters())
+    ranks = {(128, 128): 2, (64, 128): 2, (352, 128): 2, (128, 352): 1}
+    assert predicted.trained == 5 * sum(8 * count * sum(size) for size, count in ranks.items())
+
+
+def test_other_architectures_are_taken_apart_too():
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=2, n_positions=64)
+    predicted = predict(setting(config=config, length=16, iterations=1), None)
+    assert predicted.weights == 4 * sum(
+        p.numel() for p in random_model(config, CPU, torch.float32).parameters()
+    )
+
+
+def test_a_twin_shares_its_weights_and_bypassed_layers_come_back():
+    model = random_model(LLAMA, CPU, torch.float32)
+    other = twin(model)
+    layers = decoder_layers(other)
+    assert other.lm_head is not model.lm_head
+    assert other.lm_head.weight is model.lm_head.weight
+    ids = torch.arange(10)[None]
+    before = other(ids).logits
+    with bypassed(layers):
+        assert not torch.equal(other(ids).logits, before)
+    assert torch.equal(other(ids).logits, before)
+
+
+def test_memory_counts_what_is_held_and_the_most_at_a_time():
+    with measure_memory(CPU) as memory:
+        kept = torch.zeros(1000)
+        torch.zeros(5000)
+        kept = kept + 1
+    assert memory.kept == 4000
+    assert memory.peak == 24000
+
+
+def test_saved_storages_count_once_and_whole():
+    x = torch.randn(10, 10, requires_grad=True)
+    weight = torch.randn(10, 10)
+    with measure_saved([weight]) as saved:
+        y = x @ weight
+        z = y[:5].exp() * y.exp()[:5]
+    assert saved.num_bytes == 200 + 400
+    assert z.requires_grad
+
+
+def test_a_failing_candidate_leaves_the_others():
+    def good(watch: Stopwatch) -> None:
+        watch.lap("half")
+
+    def bad(watch: Stopwatch) -> None:
+        raise RuntimeError("no kernel for this")
+
+    result = interleave({"bad": bad, "good": good}, CPU, warmup=1, iterations=4, failures=(RuntimeError,))
+    assert result.errors == {"bad": "RuntimeError: no kernel for this"}
+    assert result.timings["good"]["half"].iterations == 4
+    with pytest.raises(RuntimeError):
+        interleave({"bad": bad}, CPU, warmup=0, iterations=1)
