@@ -92,6 +92,9 @@ class DifferentiableAct:
         """
         if self._known is not None:
             return self._known[1](grad, x, out)
+        if torch.compiler.is_compiling():
+            # Dynamo does not trace autograd within a backward.
+            return torch.func.vjp(self.act, x)[1](grad)[0]
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(self.act(leaf), leaf, grad)[0]
