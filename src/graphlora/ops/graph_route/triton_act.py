@@ -7,7 +7,7 @@ import triton.language as tl
 
 from graphlora.ops.backend import interprets_triton
 
-# The interpreter multiplies the bit patterns of bfloat16 numbers.
+# The interpreter would multiply the bit patterns of bfloat16 numbers.
 _INTERPRETED = tl.constexpr(interprets_triton())
 
 
@@ -42,9 +42,19 @@ def slope(x, ACT: tl.constexpr):
 
 
 @triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """`x` in another floating dtype, rounded to nearest; the interpreter by itself would cut to bfloat16."""
+    if _INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def rounded(x, PRECISE: tl.constexpr):
     """Input of a product: as it is where all is float32, else rounded to bfloat16."""
-    return x.to(tl.float32) if PRECISE else x.to(tl.bfloat16)
+    return x.to(tl.float32) if PRECISE else narrowed(x, tl.bfloat16)
 
 
 @triton.jit

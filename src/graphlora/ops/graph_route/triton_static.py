@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graphlora.ops.graph_route.triton_act import activation, slope
+from graphlora.ops.graph_route.triton_act import activation, narrowed, slope
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _square_sums(block, x, square_sum, T, d, BR: tl.constexpr, BD: tl.constexpr)
 def _rounded_copy(block, source, target, size, BLOCK: tl.constexpr):
     at = block * BLOCK + tl.arange(0, BLOCK)
     live = at < size
-    tl.store(target + at, tl.load(source + at, mask=live, other=0.0).to(target.dtype.element_ty), mask=live)
+    tl.store(target + at, narrowed(tl.load(source + at, mask=live, other=0.0), target.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -161,28 +161,28 @@ def static_backward_kernel(
         d_c = _block(sums, n[:, None], j[None, :], N + 1, g)
         d_mixed = _exact(d_c, _block(conv, j[:, None], i[None, :], g, g), d_mixed)
         first = _exact(tl.trans(d_c), mixed, _block(first_layer, j[:, None], i[None, :], g, g))
-        tl.store(grad_conv + at, first.to(grad_conv.dtype.element_ty), mask=live)
+        tl.store(grad_conv + at, narrowed(first, grad_conv.dtype.element_ty), mask=live)
         second = tl.load(second_layer + j[:, None] * width + i[None, :], mask=live, other=0.0)
         if RESIDUAL:
             d_rows = residual * _block(sums + (N + 2) * g, n[:, None], j[None, :], N, g)
             second = _exact(tl.trans(d_rows), nodes, second)
             d_nodes = _exact(d_rows, _block(conv + g * g, j[:, None], i[None, :], g, g), d_nodes)
-        tl.store(grad_conv + g * g + at, second.to(grad_conv.dtype.element_ty), mask=live)
+        tl.store(grad_conv + g * g + at, narrowed(second, grad_conv.dtype.element_ty), mask=live)
         if SELF:
             d_own = tl.where((n < N)[:, None], d_c, 0.0)
             d_nodes = _exact(d_own, _block(self_weight, j[:, None], i[None, :], g, g), d_nodes)
             first = _block(first_layer + g * g, j[:, None], i[None, :], g, g)
             first = _exact(tl.trans(d_own), nodes, first)
-            tl.store(grad_self + at, first.to(grad_self.dtype.element_ty), mask=live)
+            tl.store(grad_self + at, narrowed(first, grad_self.dtype.element_ty), mask=live)
             second = tl.load(second_layer + j[:, None] * width + g + i[None, :], mask=live, other=0.0)
-            tl.store(grad_self + g * g + at, second.to(grad_self.dtype.element_ty), mask=live)
+            tl.store(grad_self + g * g + at, narrowed(second, grad_self.dtype.element_ty), mask=live)
     d_nodes = _exact(tl.trans(mixing), d_mixed, d_nodes)
     d_own = d_nodes * slope(own, ACT)
     at = n[:, None] * g + i[None, :]
     live = (n < N)[:, None] & (i < g)[None, :]
-    tl.store(grad_features + at, d_own.to(grad_features.dtype.element_ty), mask=live)
+    tl.store(grad_features + at, narrowed(d_own, grad_features.dtype.element_ty), mask=live)
     p = tl.load(sums + (N + 1) * g + i, mask=i < g, other=0.0)
-    tl.store(grad_out + i, p.to(grad_out.dtype.element_ty), mask=i < g)
+    tl.store(grad_out + i, narrowed(p, grad_out.dtype.element_ty), mask=i < g)
     if EDGES:
         share = _exact(d_mixed, tl.trans(nodes), tl.zeros((NQ, NQ), tl.float32))
         at = grad_mixing + block * (N + 1) * N + n[:, None] * N + n[None, :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graphlora.ops.graph_route.triton_act import activation, dot, rounded, slope
+from graphlora.ops.graph_route.triton_act import activation, dot, narrowed, rounded, slope
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def tokens_backward_kernel(
     if NORM:
         tl.store(pull + t, inverse * inverse * tl.sum(grad * y, axis=1) / d, mask=t < T)
         grad *= inverse[:, None]
-    tl.store(grad_z + at, grad.to(grad_z.dtype.element_ty), mask=live)
+    tl.store(grad_z + at, narrowed(grad, grad_z.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -109,4 +109,4 @@ def input_gradient_kernel(
         acc -= tl.load(pull + t, mask=t < T, other=0.0)[:, None] * tl.load(x + at, mask=live, other=0.0).to(
             tl.float32
         )
-    tl.store(grad_x + at, acc.to(grad_x.dtype.element_ty), mask=live)
+    tl.store(grad_x + at, narrowed(acc, grad_x.dtype.element_ty), mask=live)
