@@ -18,8 +18,9 @@ from graphlora.ops.expert_ffn import (
     expert_ffn_eager,
     expert_ffn_torch,
 )
+from graphlora.ops.expert_ffn import pairs as pairs_by_expert
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
-from graphlora.ops.expert_ffn.pairs import PairsBySlot
+from graphlora.ops.expert_ffn.pairs import PairsByExpert, PairsBySlot
 from graphlora.router import Routing, select_experts
 
 torch_path = importlib.import_module("graphlora.ops.expert_ffn.torch")
@@ -194,6 +195,36 @@ def test_paths_agree_where_experts_stay_empty(parts, index):
     idle = [e for e in range(5) if e not in index[0]]
     for name in ("gate_A", "gate_B", "up_A", "up_B", "down_A", "down_B"):
         assert results[name][idle].abs().sum() == 0
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_paths_agree_where_long_segments_are_cut(gated, dropout, monkeypatch):
+    monkeypatch.setattr(pairs_by_expert, "_BUFFER_ELEMENTS", 1)
+    index = torch.tensor([[3, 1]] * 37 + [[0, 3]] * 21 + [[3, 4]])
+    problem = make_problem(tokens=59, gated=gated, index=index)
+    order = PairsByExpert(index, 5, 3, WIDE)
+    sizes = [part.pairs.stop - part.pairs.start for part in order.parts()]
+    assert sizes == [16, 5, 16, 16, 5, 16, 16, 16, 11, 1]
+    masks = make_masks(problem, dropout, dropout)
+    assert_same(problem.results(expert_ffn_eager, masks), problem.results(expert_ffn_torch, masks))
+
+
+@pytest.mark.parametrize("orders", [PairsByExpert, PairsBySlot])
+def test_pairs_are_spread_and_collected(orders):
+    """Collecting is the transpose of spreading; for the weights it is the inverse."""
+    index = torch.tensor([[3, 1], [0, 3], [2, 0]])
+    pairs = orders(index, 4, 2, WIDE) if orders is PairsByExpert else orders(index, 4, 2, torch.float32)
+    weights = torch.rand(3, 2)
+    assert torch.equal(pairs.collect_weights(pairs.spread_weights(weights)), weights)
+    low = torch.randn(3, 8, requires_grad=True)
+    spread = pairs.spread_low(low)
+    direction = torch.randn_like(spread)
+    torch.testing.assert_close(
+        pairs.collect_low(direction), torch.autograd.grad(spread, low, direction)[0], rtol=0, atol=0
+    )
+    own = torch.nn.functional.one_hot(index, 4).sum(dim=1).repeat_interleave(2, dim=1)
+    assert torch.equal(pairs.collect_low(spread.detach()), low.detach() * own)
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])

@@ -107,7 +107,7 @@ class ExpertMix(torch.autograd.Function):
             _add(mixed, part, hidden)
             if down_mask is not None:
                 hidden *= _rows(down_mask, part, buffers("gate", part))
-            low_parts.append(hidden @ rank_down[part.columns].T)
+            low_parts.append(_times_transposed(hidden, rank_down[part.columns]))
         if not low_parts:
             return mixed, torch.zeros_like(low_up)
         return mixed, pairs.collect_low(scaling * torch.cat(low_parts))
@@ -196,7 +196,7 @@ class _LowRankSide:
     def backward(self, part: Part, grad: Tensor) -> None:
         """Takes the gradient of `of(part)`, `[n, f]`."""
         _add(self.d_base, part, grad)
-        self.d_low.append(grad @ self.rank[part.columns].T)
+        self.d_low.append(_times_transposed(grad, self.rank[part.columns]))
         self.d_rank[part.columns].addmm_(self.low[part.pairs].T, grad)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,6 +227,11 @@ class _Buffers:
 def _rows(t: Tensor, part: Part, out: Tensor | None) -> Tensor:
     """The part's rows of `[tokens, f]`; not to be written to, as they may be `t` itself."""
     return t if part.token is None else torch.index_select(t, 0, part.token, out=out)
+
+
+def _times_transposed(rows: Tensor, rank: Tensor) -> Tensor:
+    """`rows @ rank.T`, `[n, f] x [r, f]`; on a CPU the product is faster the other way around."""
+    return (rank @ rows.T).T
 
 
 def _add(total: Tensor, part: Part, value: Tensor) -> None:
