@@ -12,6 +12,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="kernels run on CPU tensors in Triton's interpreter, which is off beside a GPU",
+)
 # Hooks of the whole model run uncompiled, and PEFT's and transformers' own wrappers around it break.
 OUTSIDE_OF_LAYERS = (
     "_before_forward",
@@ -60,8 +64,9 @@ def train(model, forward, batches, lr=0.1):
         {},
         {"backend": "torch", "expert_granularity": "linear", "router_type": "linear"},
         {"backend": "torch", "edge_init": "learned", "router_self_term": "weight", "hidden_act": "mish"},
+        pytest.param({"backend": "triton"}, marks=INTERPRETED),
     ],
-    ids=["default", "linear", "learned edges and an activation without a known backward"],
+    ids=["default", "linear", "learned edges and an activation without a known backward", "triton"],
 )
 def test_training_equals_the_uncompiled_model(options):
     batches = [make_batch([6, 9, 4], seed=seed) for seed in range(3)]
@@ -78,9 +83,17 @@ def test_training_equals_the_uncompiled_model(options):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ["torch", "linear granularity"])
-def test_one_decoder_layer_is_one_graph(training, name):
-    model = make_model(expert_granularity="ffn" if name == "torch" else "linear").train(training)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "torch"},
+        {"expert_granularity": "linear", "router_conv": "gat"},
+        pytest.param({"backend": "triton"}, marks=INTERPRETED),
+    ],
+    ids=["torch", "linear granularity", "triton"],
+)
+def test_one_decoder_layer_is_one_graph(training, options):
+    model = make_model(**options).train(training)
     inner = model.get_base_model().model
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     position = inner.rotary_emb(x, torch.arange(5)[None])
@@ -152,3 +165,28 @@ def test_trainer_compiles(tmp_path):
         assert_same(one, other, 1e-5)
     assert counters["stats"]["unique_graphs"] == 1
     assert_no_break_in_layers()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor_on_a_gpu(backend, mode):
+    batches = [{n: t.cuda() for n, t in make_batch([6, 9, 4], seed=seed).items()} for seed in range(4)]
+    plain = make_model(backend=backend).cuda()
+    expected = train(plain, plain, batches)
+    model = make_model(backend=backend).cuda()
+    found = train(model, torch.compile(model, mode=mode), batches)
+    assert_same(expected, found, 1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_no_break_in_layers()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_compiled_generation_on_a_gpu():
+    """transformers compiles the decoding of a static cache by itself on CUDA."""
+    model = make_model().eval().cuda()
+    ids = make_batch([5, 5])["input_ids"].cuda()
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.generate(input_ids=ids, **options)
+    assert torch.equal(model.generate(input_ids=ids, cache_implementation="static", **options), expected)
