@@ -22,7 +22,9 @@ ACTIVATIONS = {
 }
 
 pytestmark = [
-    pytest.mark.skipif(DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"),
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"
+    ),
     # The interpreter computes in NumPy, where a sigmoid far from zero overflows on its way to 0.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
@@ -31,14 +33,18 @@ pytestmark = [
 class Case:
     """Random inputs of one block, and what a path makes of them."""
 
-    def __init__(self, tokens, d, f, num_experts, top_k, r, act="silu", dtype=torch.float32, plain=True, ids=None):
+    def __init__(
+        self, tokens, d, f, num_experts, top_k, r, act="silu", dtype=torch.float32, plain=True, ids=None
+    ):
         generator = torch.Generator().manual_seed(tokens + f)
 
         def draw(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size, generator=generator) * scale).to(DEVICE)
 
         self.x = draw(tokens, d).to(dtype)
-        self.frozen = [t.to(dtype) for t in (draw(f, d) * d**-0.5, draw(f, d) * d**-0.5, draw(d, f) * f**-0.5)]
+        self.frozen = [
+            t.to(dtype) for t in (draw(f, d) * d**-0.5, draw(f, d) * d**-0.5, draw(d, f) * f**-0.5)
+        ]
         n, a, b = num_experts, d**-0.5, 0.5
         self.experts = ExpertWeights(
             draw(n, r, d, scale=a), draw(n, f, r, scale=b), draw(n, r, d, scale=a), draw(n, f, r, scale=b),
@@ -57,7 +63,10 @@ class Case:
         dtype = dtype or self.x.dtype
         gate, up, down = (t.to(dtype) for t in self.frozen)
         ffn = FrozenFfn(
-            lambda x: (x @ gate.T, x @ up.T), lambda m: m @ down.T, self.act, (lambda x: (gate, up)) if self.plain else None
+            lambda x: (x @ gate.T, x @ up.T),
+            lambda m: m @ down.T,
+            self.act,
+            (lambda x: (gate, up)) if self.plain else None,
         )
         wide = torch.promote_types(dtype, torch.float32)
         leaves = [self.x.to(dtype), self.weights.to(wide), *(t.to(wide) for t in self.experts)]
@@ -87,12 +96,12 @@ def _poison(monkeypatch):
 @pytest.mark.parametrize(
     ("tokens", "d", "f", "num_experts", "top_k", "r", "act", "plain"),
     [
-        (70, 24, 64, 4, 2, 8, "silu", True),
-        (33, 24, 37, 8, 2, 4, "gelu_tanh", False),
+        (70, 24, 64, 3, 2, 8, "silu", True),
+        (33, 24, 37, 4, 2, 4, "gelu_tanh", False),
         (33, 16, 70, 4, 1, 3, "gelu", True),
         (12, 16, 40, 6, 3, 17, "silu", False),
         (12, 16, 33, 8, 8, 2, "silu", True),
-        (4, 16, 33, 64, 8, 2, "silu", True),
+        (2, 16, 33, 64, 8, 2, "silu", True),
         (9, 16, 33, 20, 2, 33, "gelu_tanh", False),
         (1, 16, 32, 8, 2, 8, "silu", True),
     ],
@@ -104,7 +113,7 @@ def test_equals_the_expert_loop(tokens, d, f, num_experts, top_k, r, act, plain)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_the_loop_in_it(dtype):
-    case = Case(20, 24, 64, 4, 2, 8, dtype=dtype)
+    case = Case(20, 24, 64, 3, 2, 8, dtype=dtype)
     exact = case.run(expert_ffn_eager, dtype=torch.float64)
     assert_close(case.run(expert_ffn_triton), exact, 2e-2 if dtype == torch.bfloat16 else 3e-3)
 
@@ -114,7 +123,7 @@ def test_all_tokens_on_the_same_experts(ids):
     """Experts without a token get zero gradients, not garbage."""
     case = Case(70, 16, 40, 8, 2, 4, ids=ids)
     found = case.run(expert_ffn_triton)
-    assert_close({k: v for k, v in found.items()}, case.run(expert_ffn_eager), 2e-6)
+    assert_close(found, case.run(expert_ffn_eager), 2e-6)
     idle = [e for e in range(8) if e not in ids]
     assert float(found["gate_B"][idle].abs().max()) == 0.0
 
@@ -127,13 +136,13 @@ def test_no_tokens():
 
 
 def test_gradients_repeat_bit_for_bit():
-    case = Case(70, 24, 64, 8, 2, 8)
+    case = Case(20, 24, 64, 3, 2, 8)
     first, second = case.run(expert_ffn_triton), case.run(expert_ffn_triton)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_input_masks():
-    case = Case(20, 24, 64, 4, 2, 8)
+    case = Case(20, 24, 64, 3, 2, 8)
     masks = LoraMasks(
         gate=F.dropout(torch.ones_like(case.x), 0.5), up=F.dropout(torch.ones_like(case.x), 0.5)
     )
@@ -151,11 +160,13 @@ def _hashed_mask(seed: int, tokens: int, f: int, p: float) -> Tensor:
     return torch.where(x >= int(p * 2**32), 1 / (1 - p), 0.0).float().to(DEVICE)
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (20, 3)])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(3, 2), (20, 3)])
 def test_dropout_is_the_same_in_forward_and_backward(monkeypatch, num_experts, top_k):
-    case = Case(40, 24, 70, num_experts, top_k, 4)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([1234], dtype=torch.int32, device=DEVICE))
-    mask = _hashed_mask(1234, 40, 70, 0.3)
+    case = Case(6, 24, 70, num_experts, top_k, 4)
+    monkeypatch.setattr(
+        torch, "randint", lambda *_, **__: torch.tensor([1234], dtype=torch.int32, device=DEVICE)
+    )
+    mask = _hashed_mask(1234, 6, 70, 0.3)
     assert 0.25 < float((mask == 0).float().mean()) < 0.35
     found = case.run(expert_ffn_triton, dropout=0.3)
     assert_close(found, case.run(expert_ffn_eager, masks=LoraMasks(down=mask)), 2e-6)
@@ -169,7 +180,7 @@ def test_dropout_keeps_the_expected_share():
 
 
 def test_recomputing_gate_and_up_changes_nothing():
-    case = Case(20, 24, 64, 4, 2, 8)
+    case = Case(20, 24, 64, 3, 2, 8)
     expected = case.run(expert_ffn_triton)
     found = case.run(expert_ffn_triton, recompute_gate_up=True)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -177,7 +188,7 @@ def test_recomputing_gate_and_up_changes_nothing():
 
 def test_what_is_saved_for_backward():
     """x, g, u, the low-rank inputs, P, routing and small tables: no other tensor of the size tokens x f."""
-    case = Case(64, 24, 256, 8, 2, 4)
+    case = Case(32, 8, 64, 3, 2, 2)
     saved: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
@@ -186,12 +197,13 @@ def test_what_is_saved_for_backward():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         case.run(expert_ffn_triton)
-    wide = [size for size in saved.values() if size >= 64 * 256 * 4]
+    wide = [size for size in saved.values() if size >= 32 * 64 * 4]
     assert len(wide) == 2
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_experts", "top_k"), [(300, 8, 2), (65, 8, 3), (40, 16, 2), (130, 5, 1), (90, 32, 2), (50, 24, 6)]
+    ("rows", "num_experts", "top_k"),
+    [(300, 8, 2), (65, 8, 3), (40, 16, 2), (130, 5, 1), (90, 32, 2), (50, 24, 6)],
 )
 def test_a_plan_covers_every_row_once_with_its_experts(rows, num_experts, top_k):
     generator = torch.Generator().manual_seed(rows)
@@ -236,9 +248,14 @@ def test_what_is_not_supported_is_said(change, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tokens", "d", "f", "num_experts", "top_k", "r"),
-    [(8192, 4096, 14336, 8, 2, 8), (1024, 3584, 18944, 8, 2, 16), (513, 576, 1536, 8, 2, 2), (2048, 2048, 5632, 64, 8, 64),
-     (1000, 2049, 5633, 16, 2, 7)],
-)  # fmt: skip
+    [
+        (8192, 4096, 14336, 8, 2, 8),
+        (1024, 3584, 18944, 8, 2, 16),
+        (513, 576, 1536, 8, 2, 2),
+        (2048, 2048, 5632, 64, 8, 64),
+        (1000, 2049, 5633, 16, 2, 7),
+    ],
+)
 def test_real_shapes(tokens, d, f, num_experts, top_k, r):
     """Against the loop in float32; bf16 rounding alone may differ."""
     case = Case(tokens, d, f, num_experts, top_k, r, dtype=torch.bfloat16)

@@ -126,7 +126,12 @@ def unsupported(
 def _check(x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, top_k_index: Tensor, masks: LoraMasks) -> None:
     num_experts, r, _ = experts.down_A.shape
     problem = unsupported(
-        experts.gate_B is not None, ffn.act.name, num_experts, top_k_index.shape[1], r, masks.hidden is not None
+        experts.gate_B is not None,
+        ffn.act.name,
+        num_experts,
+        top_k_index.shape[1],
+        r,
+        masks.hidden is not None,
     )
     if problem is None and x.dtype not in _DTYPES:
         problem = f"{x.dtype}"
@@ -172,7 +177,19 @@ class ExpertMix(torch.autograd.Function):
         else:
             low_gate, low_up = masked(x, gate_mask) @ low_A[:half].T, masked(x, up_mask) @ low_A[half:].T
         mixed, low_down, plan = torch.ops.graphlora.expert_mix_forward(
-            gate, up, low_gate, low_up, b_gate, b_up, a_down, top_k_weights, top_k_index, seed, dropout, scaling, act
+            gate,
+            up,
+            low_gate,
+            low_up,
+            b_gate,
+            b_up,
+            a_down,
+            top_k_weights,
+            top_k_index,
+            seed,
+            dropout,
+            scaling,
+            act,
         )
         ctx.save_for_backward(
             x, gate, up, gate_weight, up_weight, low_A, low_gate, low_up, b_gate, b_up, a_down,
@@ -248,7 +265,10 @@ def _cast_weights(
     d = gate_A.shape[2]
     low = gate_A.new_empty(2 * gate_A.shape[0] * gate_A.shape[1], d, dtype=dtype)
     half = len(low) // 2
-    others = [torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t in (gate_B, up_B, down_A)]
+    others = [
+        torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+        for t in (gate_B, up_B, down_A)
+    ]
     torch._foreach_copy_(
         [low[:half], low[half:], *others], [gate_A.flatten(0, 1), up_A.flatten(0, 1), gate_B, up_B, down_A]
     )
@@ -391,7 +411,9 @@ def _backward(
         d_gate, d_up, partial_low, partial_weight,
         tokens, f, *strides, blocks, scaling, **constants,
     )  # fmt: skip
-    _reduce_low(sizes, partial_low, partial_weight, top_k_weights, top_k_index, d_low, d_weights, splits, scaling)
+    _reduce_low(
+        sizes, partial_low, partial_weight, top_k_weights, top_k_index, d_low, d_weights, splits, scaling
+    )
     _weight_gradients(sizes, inputs, tables, seed, plan, d_tables, scaling)
     return d_gate, d_up, d_low, *d_tables, d_weights
 

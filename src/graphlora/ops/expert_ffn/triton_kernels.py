@@ -16,7 +16,9 @@ import triton.language as tl
 @triton.jit
 def _tanh(x, FAST: tl.constexpr):
     if FAST:
-        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+        y = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         y = 2 * tl.sigmoid(2 * x) - 1
     return y
@@ -160,8 +162,12 @@ def forward_kernel(
             lanes = e * r + lane
             experts = experts + (e,)
             factors = factors + (_sorted_weight(sorted_weights, position, live, k, K),)
-            lows_gate = lows_gate + (_scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], used, scaling),)
-            lows_up = lows_up + (_scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], used, scaling),)
+            lows_gate = lows_gate + (
+                _scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], used, scaling),
+            )
+            lows_up = lows_up + (
+                _scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], used, scaling),
+            )
             sums = sums + (tl.zeros((BT, R), tl.float32),)
     else:
         count = tl.load(tile_count + tile)
@@ -183,7 +189,9 @@ def forward_kernel(
                 b = experts[k] * f * r + c[:, None] * r + lane[None, :]
                 b_gate = tl.load(gate_B + b, mask=table, other=0.0)
                 b_up = tl.load(up_B + b, mask=table, other=0.0)
-                a_down = tl.load(down_A + (experts[k] * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0)
+                a_down = tl.load(
+                    down_A + (experts[k] * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0
+                )
                 h = _activation(_dot(lows_gate[k], tl.trans(b_gate), g, PRECISE), ACT, FAST)
                 h = h * _dot(lows_up[k], tl.trans(b_up), u, PRECISE)
                 m += factors[k][:, None] * h
@@ -205,7 +213,9 @@ def forward_kernel(
                 a_down = tl.load(down_A + (e * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0)
                 h = _activation(_dot(x_gate, tl.trans(b_gate), g, PRECISE), ACT, FAST)
                 h = h * _dot(x_up, tl.trans(b_up), u, PRECISE)
-                m += tl.where((rank < K)[:, None], _routing_weight(weights, ids, t, live, e, K)[:, None] * h, 0.0)
+                m += tl.where(
+                    (rank < K)[:, None], _routing_weight(weights, ids, t, live, e, K)[:, None] * h, 0.0
+                )
                 if DROPOUT:
                     h = h * kept
                 low = _dot(h.to(dtype), a_down, tl.zeros((BT, R), tl.float32), PRECISE)
@@ -257,8 +267,12 @@ def token_gradient_kernel(
             lanes = e * r + lane
             experts = experts + (e,)
             factors = factors + (_sorted_weight(sorted_weights, position, live, k, K),)
-            lows_gate = lows_gate + (_scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], used, scaling),)
-            lows_up = lows_up + (_scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], used, scaling),)
+            lows_gate = lows_gate + (
+                _scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], used, scaling),
+            )
+            lows_up = lows_up + (
+                _scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], used, scaling),
+            )
             lows_down = lows_down + (
                 _scaled(d_low_down + row[:, None] * low_down_stride + lanes[None, :], used, scaling),
             )
@@ -289,11 +303,17 @@ def token_gradient_kernel(
                 b = experts[k] * f * r + c[:, None] * r + lane[None, :]
                 b_gate = tl.load(gate_B + b, mask=table, other=0.0)
                 b_up = tl.load(up_B + b, mask=table, other=0.0)
-                a_down = tl.load(down_A + (experts[k] * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0)
-                act, slope = _activation_and_slope(_dot(lows_gate[k], tl.trans(b_gate), g, PRECISE), ACT, FAST)
+                a_down = tl.load(
+                    down_A + (experts[k] * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0
+                )
+                act, slope = _activation_and_slope(
+                    _dot(lows_gate[k], tl.trans(b_gate), g, PRECISE), ACT, FAST
+                )
                 u_k = _dot(lows_up[k], tl.trans(b_up), u, PRECISE)
                 if DROPOUT:
-                    q = dm + kept * _dot(lows_down[k], tl.trans(a_down), tl.zeros((BT, BF), tl.float32), PRECISE)
+                    q = dm + kept * _dot(
+                        lows_down[k], tl.trans(a_down), tl.zeros((BT, BF), tl.float32), PRECISE
+                    )
                 else:
                     q = _dot(lows_down[k], tl.trans(a_down), dm, PRECISE)
                 du = q * act
@@ -313,7 +333,9 @@ def token_gradient_kernel(
                 lanes = e * r + lane
                 x_gate = _scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], chosen, scaling)
                 x_up = _scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], chosen, scaling)
-                x_down = _scaled(d_low_down + row[:, None] * low_down_stride + lanes[None, :], chosen, scaling)
+                x_down = _scaled(
+                    d_low_down + row[:, None] * low_down_stride + lanes[None, :], chosen, scaling
+                )
                 b = e * f * r + c[:, None] * r + lane[None, :]
                 b_gate = tl.load(gate_B + b, mask=table, other=0.0)
                 b_up = tl.load(up_B + b, mask=table, other=0.0)
@@ -406,7 +428,9 @@ def weight_gradient_kernel(
             lanes = experts[k] * r + lane
             x_gate = tl.load(low_gate + row[:, None] * low_gate_stride + lanes[None, :], mask=used, other=0.0)
             x_up = tl.load(low_up + row[:, None] * low_up_stride + lanes[None, :], mask=used, other=0.0)
-            x_down = tl.load(d_low_down + row[:, None] * low_down_stride + lanes[None, :], mask=used, other=0.0)
+            x_down = tl.load(
+                d_low_down + row[:, None] * low_down_stride + lanes[None, :], mask=used, other=0.0
+            )
             w = _sorted_weight(sorted_weights, position, live, k, SLOTS)[:, None]
             act, slope = _activation_and_slope(_dot(bs_gate[k], tl.trans(x_gate), g, PRECISE), ACT, FAST)
             u_k = _dot(bs_up[k], tl.trans(x_up), u, PRECISE)
@@ -508,4 +532,8 @@ def reduce_weight_kernel(
     out = e * f * r + c[:, None] * r + lane[None, :]
     tl.store(d_gate_B + out, sum_gate.to(d_gate_B.dtype.element_ty), mask=table)
     tl.store(d_up_B + out, sum_up.to(d_up_B.dtype.element_ty), mask=table)
-    tl.store(d_down_A + (e * r + lane)[None, :] * f + c[:, None], sum_down.to(d_down_A.dtype.element_ty), mask=table)
+    tl.store(
+        d_down_A + (e * r + lane)[None, :] * f + c[:, None],
+        sum_down.to(d_down_A.dtype.element_ty),
+        mask=table,
+    )

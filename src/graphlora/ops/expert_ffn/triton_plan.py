@@ -146,7 +146,9 @@ def _scatter_kernel(
     earlier = tl.zeros((SP,), tl.int32)
     for first in range(0, blocks, 16):
         other = first + tl.arange(0, 16)
-        counts = tl.load(histogram + other[:, None] * SP + sets[None, :], mask=(other < blocks)[:, None], other=0)
+        counts = tl.load(
+            histogram + other[:, None] * SP + sets[None, :], mask=(other < blocks)[:, None], other=0
+        )
         total += tl.sum(counts, 0)
         earlier += tl.sum(tl.where((other < block)[:, None], counts, 0), 0)
     begin = tl.cumsum(total, 0) - total + earlier
