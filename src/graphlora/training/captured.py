@@ -233,7 +233,7 @@ class CapturedSteps:
                 buffer.copy_(parameter.grad)
             parameter.grad = buffer
         if fresh:
-            torch._foreach_zero_(fresh)
+            torch._foreach_zero_(fresh)  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim uses it
 
 
 def _begin_step_of(model: nn.Module) -> Callable[[], None]:

@@ -54,7 +54,9 @@ class Recipe:
         "model", "keep the frozen base in 4 bits (NF4, bitsandbytes): a quarter of the memory, slower", False
     )
 
-    preset: Literal["graphlora", "paper", "released"] | None = option("adapter", "preset of GraphLoRA", None)
+    preset: str | None = option(
+        "adapter", "preset: graphlora, paper, released, or another method's name", None
+    )
     num_experts: int | None = option("adapter", "experts per FFN block", None)
     top_k: int | None = option("adapter", "experts that each token uses", None)
     r: int | None = option("adapter", "LoRA rank", None)
@@ -82,6 +84,10 @@ class Recipe:
     router_normal_loss_coef: float | None = option("adapter", "weight of the normal balance loss", None)
     load_window: str | None = option("adapter", "cumulative, ema or batch", None)
     modules_to_save: list[str] | None = option("adapter", "modules trained in full", None)
+    use_dora: bool | None = option(
+        "adapter", "method lora: DoRA, weights split in magnitude and direction", None
+    )
+    use_rslora: bool | None = option("adapter", "method lora: rsLoRA, scaled by lora_alpha / sqrt(r)", None)
     backend: str | None = option("adapter", "auto, eager, torch or triton", None)
     recompute_gate_up: bool | None = option(
         "adapter", "compute the gate and up projections again in backward: less memory, more time", None
@@ -104,6 +110,9 @@ class Recipe:
     )
     packing: bool = option("data", "join the rows of a batch in one sequence instead of padding", False)
     train_limit: int | None = option("data", "train on this many rows, chosen by the seed", None)
+    limit_seed: int | None = option(
+        "data", "seed that chooses the rows of train_limit and eval_limit; left out: seed", None
+    )
 
     learning_rate: float = option("training", "peak learning rate", 2e-4)
     num_train_epochs: float = option("training", "passes over the data", 3.0)

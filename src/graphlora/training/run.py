@@ -34,15 +34,16 @@ from graphlora.training.checkpoints import (
     writing,
 )
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
-from graphlora.training.loading import load_base_model, load_tokenizer, pick_device, pick_dtype
+from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
 from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
 from graphlora.training.recipe import Recipe
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
-from graphlora.training.run_data import RunData, default_metric, load_data
+from graphlora.training.run_data import RunData, default_metric
 from graphlora.training.step_mode import StepMode, allow_shapes, resolve_step_mode
 from graphlora.training.trainer import AdapterTrainer
+from graphlora.training.workbench import Workbench
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -59,6 +60,7 @@ class TrainResult:
         record: The record that was written.
         model: The trained model; the best checkpoint's weights where one was chosen.
         tokenizer: Its tokenizer.
+        history: Log entries of training and validation, each with its `step`.
     """
 
     output_dir: Path
@@ -66,15 +68,19 @@ class TrainResult:
     record: RunRecord
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
+    history: list[dict[str, Any]]
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, workbench: Workbench | None = None
+) -> TrainResult:
     """Run a recipe with `transformers.Trainer`.
 
     Args:
         recipe: The run.
         resume: Go on from the newest whole checkpoint in `output_dir`, if there is one.
         overwrite: Replace the run in `output_dir`.
+        workbench: Where model and data come from; left out: they are loaded for this run.
 
     Returns:
         The trained model and the record; the files are in `output_dir`.
@@ -87,25 +93,20 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> T
         raise GraphLoraError("--resume and --overwrite are both given; choose one")
     recipe = located(recipe)
     with explained_memory(recipe):
-        return _train(recipe, resume, overwrite)
+        return _train(recipe, resume, overwrite, workbench or Workbench())
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool) -> TrainResult:
+def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) -> TrainResult:
     started = time.perf_counter()
     output = Path(recipe.output_dir)
     checkpoint = _start(recipe, output, resume, overwrite)
     device = pick_device("cpu" if recipe.training_args.get("use_cpu") else "auto")
     start_measuring(device)
     dtype = pick_dtype(recipe.dtype, device)
-    tokenizer = load_tokenizer(recipe.model)
-    base = load_base_model(
-        recipe.model,
-        dtype,
-        attn_implementation=recipe.attn_implementation,
-        load_in_4bit=recipe.load_in_4bit,
-    )
+    tokenizer = workbench.tokenizer(recipe)
+    base = workbench.base_model(recipe, dtype, device)
     recipe = completed(recipe, base.config, dtype)
-    data = load_data(recipe, tokenizer)
+    data = workbench.data(recipe, tokenizer)
     mode = resolve_step_mode(recipe, base, device, data.train.longest)
     liger = liger_options(recipe, base.config.model_type, device, mode)
     recipe = recipe.changed(
@@ -116,18 +117,21 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool) -> TrainResult:
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_space(output, needed_bytes(recipe, num_trained))
     trainer = make_trainer(recipe, model, tokenizer, data, dtype, mode, liger)
+    for callback in workbench.callbacks(trainer):
+        trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         if overwrite:
             remove_run(output)
         write_text(output / RECIPE_FILE, recipe.to_yaml())
-        _tell(recipe, data, num_trained, checkpoint, resume)
+        if not workbench.quiet:
+            _tell(recipe, data, num_trained, checkpoint, resume)
     how = {"step_mode": mode, "loss_kernel": "none" if liger is None else "liger"}
-    metrics = _run(trainer, recipe, checkpoint) | {"num_trained": num_trained} | how
+    metrics = _run(trainer, recipe, checkpoint, workbench.takes_signals) | {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
     if trainer.is_world_process_zero():
         save(model, output)
         record.write(output / RECORD_FILE)
-    return TrainResult(output, metrics, record, model, tokenizer)
+    return TrainResult(output, metrics, record, model, tokenizer, trainer.state.log_history)
 
 
 def _start(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Path | None:
@@ -255,14 +259,17 @@ def go_on_command(output: Path) -> str:
     return f"graphlora train --config {output / RECIPE_FILE} --resume"
 
 
-def _run(trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None) -> dict[str, Any]:
+def _run(
+    trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None, takes_signals: bool
+) -> dict[str, Any]:
     """Train; the metrics of the run."""
     several = trainer.accelerator.num_processes > 1
     stop = StopOnSignal(_any_process(trainer) if several else None)
     trainer.add_callback(stop)
     trainer.last_saved = checkpoint
     output = Path(recipe.output_dir)
-    stop.install()
+    if takes_signals:
+        stop.install()
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         trainer.watch.check()

@@ -39,7 +39,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         GraphLoraError: Data that is missing, broken or too long.
     """
     how = Encoding(recipe.scoring, recipe.train_on, recipe.append_eos, recipe.max_length, recipe.truncation)
-    options = {"data_dir": recipe.data_dir, "seed": recipe.seed}
+    seed = recipe.seed if recipe.limit_seed is None else recipe.limit_seed
+    options = {"data_dir": recipe.data_dir, "seed": seed}
     weights = recipe.task if isinstance(recipe.task, dict) else None
     examples: list[Any] = (
         load_mixture(weights, "train", limit=recipe.train_limit, **options)

@@ -63,6 +63,7 @@ def why_not_recorded(recipe: Recipe, model: PreTrainedModel, device: torch.devic
     reasons = {
         f"CUDA graphs need an NVIDIA GPU, not {device.type}": device.type != "cuda",
         "several processes train together": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        "one process uses several GPUs (start one process for each)": torch.cuda.device_count() > 1,
         "the model is spread over several devices": len(set(getattr(model, "hf_device_map", {}).values()))
         > 1,
         "gradient_checkpointing restores random states on the host": recipe.gradient_checkpointing,

@@ -154,7 +154,7 @@ class AdapterTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._captured = None
-            self.model_wrapped.__dict__.pop("zero_grad", None)
+            vars(self.model_wrapped).pop("zero_grad", None)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self._captured is None:
@@ -166,9 +166,9 @@ class AdapterTrainer(Trainer):
         prepared: Any = super()._prepare_inputs(inputs)
         counted = prepared.pop(TOKEN_MASK, None)
         if counted is not None:
-            config: Any = self.accelerator.unwrap_model(self.model).config
-            additive = config._attn_implementation == "eager"
-            dtype = next(p for p in self.model.parameters() if p.is_floating_point()).dtype
+            model: Any = self.accelerator.unwrap_model(self.model)
+            additive = model.config._attn_implementation == "eager"
+            dtype = model.get_base_model().dtype
             prepared["attention_mask"] = packed_attention_mask(
                 prepared["position_ids"], counted, dtype if additive else None
             )
