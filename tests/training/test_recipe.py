@@ -81,10 +81,13 @@ def test_names_are_those_of_training_arguments():
 def test_adapter_options_are_those_of_the_config():
     from dataclasses import fields
 
+    from peft import LoraConfig
+
     from graphlora import GraphLoraConfig
 
     names = {item.name for item in fields(Recipe) if item.metadata["group"] == "adapter"} - {"adapter_args"}
-    assert names <= set(GraphLoraConfig.__dataclass_fields__)
+    assert names - {"use_dora", "use_rslora"} <= set(GraphLoraConfig.__dataclass_fields__)
+    assert {"use_dora", "use_rslora"} <= set(LoraConfig.__dataclass_fields__)
 
 
 def test_reading_a_recipe_needs_no_torch():

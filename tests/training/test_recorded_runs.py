@@ -152,4 +152,4 @@ def test_cuda_graphs_learn_what_eager_steps_learn(any_recipe, dropout):
     eager, graph = (result.metrics for result in results)
     assert graph["step_mode"] == "graph"
     # Padding to buckets moves the random numbers of dropout, so with it the runs are alike, not equal.
-    assert graph["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-4 if dropout == 0 else 0.2)
+    assert graph["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-3 if dropout == 0 else 0.2)
