@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphlora.ops.routing_sums.reference import RoutingSums
 
-# Tokens of one program.
+# Tokens of one program, at most.
 _TOKENS = 256
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
@@ -57,10 +57,8 @@ def sums_kernel(
         logit += tl.sum(tl.load(logits + at, mask=live, other=0.0) * flag[:, None], axis=0)
         for i in tl.static_range(K):
             chosen = tl.load(index + t * K + i, mask=t < T, other=-1)[:, None] == n[None, :]
-            if COUNT_PROBS:
-                weight = K * prob
-            else:
-                weight = tl.load(weights + t * K + i, mask=t < T, other=0.0)[:, None]
+            given = tl.load(weights + t * K + i, mask=t < T, other=0.0)[:, None]
+            weight = K * prob if COUNT_PROBS else given
             load += tl.sum(tl.where(chosen, weight * flag[:, None], 0.0), axis=0)
         rank = _rank(prob, n, N)
         target = tl.load(log_target + layer * N + rank, mask=live, other=0.0)
@@ -192,11 +190,12 @@ def _forward(
     num_layers, tokens, num_experts = probs.shape
     if tokens == 0:
         return probs.new_zeros(num_layers, 4 * num_experts + 1)
-    programs = triton.cdiv(tokens, _TOKENS)
+    per_program = max(_token_block(num_experts), min(_TOKENS, triton.next_power_of_2(tokens)))
+    programs = triton.cdiv(tokens, per_program)
     partial = probs.new_empty(num_layers, programs, 4 * num_experts + 1)
     sums_kernel[(programs, num_layers)](
         logits, probs, weights, index, probs if mask is None else mask.to(torch.float32), log_target, partial,
-        tokens, num_experts, eps, _TOKENS, **_constants(index, num_experts, mask, absolute, count_probs),
+        tokens, num_experts, eps, per_program, **_constants(index, num_experts, mask, absolute, count_probs),
     )  # fmt: skip
     return partial.sum(dim=1)
 
