@@ -12,6 +12,8 @@ from graphlora.benchmark.timing import describe_error
 # Relative norms of the difference from the float32 expert loop. Half precision rounds every [tokens, f] product, so
 # there the expert loop's own error decides.
 FLOAT32_TOLERANCE = 2e-5
+# The whole layer against the loop in the same precision: both round.
+ROUTER_TOLERANCE = 1e-4
 HALF_PRECISION_FACTOR = 1.5
 HALF_PRECISION_FLOOR = 2e-3
 
@@ -48,6 +50,10 @@ def check(
             where = f"{backend} {str(dtype).removeprefix('torch.')} r={r} {skew}"
             try:
                 problems += [f"{where}: {problem}" for problem in _compare(backend, bench)]
+                if dtype == torch.float32:
+                    problems += [
+                        f"{where}, whole layer: {problem}" for problem in _compare_layers(backend, bench)
+                    ]
             except failures as error:
                 problems.append(f"{where}: {describe_error(error)}")
     return problems
@@ -74,6 +80,20 @@ def _compare(backend: str, bench: FfnBench) -> list[str]:
             problems.append(f"{name} is {error:.2g} from the oracle, more than {limit:.2g}")
         if not torch.equal(value, again):
             problems.append(f"{name} differs between two runs")
+    return problems
+
+
+def _compare_layers(backend: str, bench: FfnBench) -> list[str]:
+    """The block with its own router; in float32 alone, because half precision sends tokens near a tie elsewhere."""
+    loop, candidate = bench.candidate("eager_layer"), bench.candidate(f"{backend}_layer")
+    truth = loop.gradients(bench.x, bench.dy)
+    poison(bench.device)
+    values = candidate.gradients(bench.x, bench.dy)
+    problems = []
+    for name, value, want in zip(("output", "x", *candidate.names), values, truth, strict=True):
+        error = relative_error(value, want)
+        if not error <= ROUTER_TOLERANCE:
+            problems.append(f"{name} is {error:.2g} from the loop, more than {ROUTER_TOLERANCE:.2g}")
     return problems
 
 

@@ -162,9 +162,14 @@ class FfnBench:
     def _whole_layer(self, backend: str) -> FfnCandidate:
         """The adapted block as a model runs it, its own router included."""
         layer = self.layer
-        layer.configs["default"].backend = cast(Any, backend)
         trained = [(n, p) for n, p in layer.named_parameters() if p.requires_grad and "coordination" not in n]
-        return FfnCandidate(layer, tuple(p for _, p in trained), tuple(n for n, _ in trained))
+
+        def forward(x: Tensor) -> Tensor:
+            # All candidates share the layer, so each says anew how it is to run.
+            layer.configs["default"].backend = cast(Any, backend)
+            return layer(x)
+
+        return FfnCandidate(forward, tuple(p for _, p in trained), tuple(n for n, _ in trained))
 
     def _routed(self, name: str) -> FfnCandidate:
         base_name = name.removesuffix("_compiled")

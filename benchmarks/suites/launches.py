@@ -20,10 +20,10 @@ CANDIDATES = {
     "triton": "triton_layer",
     "triton_without_router": "triton",
     "torch": "torch_layer",
-    "eager": "eager_layer",
     "frozen": "frozen",
     "peft_float32": "peft_float32",
     "peft_bfloat16": "peft_bfloat16",
+    "eager": "eager_layer",
 }
 
 
