@@ -1,0 +1,116 @@
+"""Pictures of training: loss and validation over the steps, mean and range over seeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graphlora.report.aggregate import ModelScores, StudyNumbers
+from graphlora.report.inference import mean
+from graphlora.report.names import variant_label
+from graphlora.report.plotting import FONT, Picture, legend, panels, styles
+from graphlora.report.reading import Run
+from graphlora.report.tables import column_label, seeds_text
+
+# The names that curves may have, with the label of their axis and the factor to it.
+ROWS = (
+    (("loss",), "training loss", 1.0),
+    (("eval_acc_norm", "eval_acc"), "validation, %", 100.0),
+)
+Band = list[tuple[int, float, float, float]]
+
+
+def curve_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Picture | None:
+    """Training loss and validation accuracy over the steps; `None` where no run recorded any.
+
+    Args:
+        numbers: Numbers of the study.
+        scores: Those of one model.
+        suffix: End of the picture's name.
+    """
+    bands = {
+        (row, task, variant): band
+        for row, (names, _, scale) in enumerate(ROWS)
+        for task in scores.tasks
+        for variant in scores.trained
+        if len(band := curve_band(scores.runs.get((variant, task), ()), names, scale)) > 1
+    }
+    if not bands:
+        return None
+    several = any(cell.summary.n > 1 for cell in scores.cells.values())
+    what = {row for row, _, _ in bands}
+    shown = " and ".join(ROWS[row][1].removesuffix(", %") for row in sorted(what))
+    caption = (
+        f"{shown[0].upper()}{shown[1:]} of {scores.model} over the training steps, {seeds_text(scores)}. "
+        + (
+            "Line: mean; band: from the lowest to the highest seed. "
+            if several
+            else "One seed each, so no bands. "
+        )
+        + "A method that learns faster is lower in loss and higher in validation at the same step; loss is of the "
+        "language model, on the rows of a method's own batches."
+    )
+    alt = "Last point of each curve: " + "; ".join(
+        f"{ROWS[row][1]} of {variant_label(variant)} on {column_label(task)} {band[-1][1]:.2f}"
+        for (row, task, variant), band in bands.items()
+    )
+    return Picture(
+        f"curves{suffix}",
+        "Training curves",
+        caption,
+        alt,
+        lambda: _draw(numbers, scores, bands, sorted(what)),
+    )
+
+
+def curve_band(runs: Sequence[Run], names: Sequence[str], scale: float = 1.0) -> Band:
+    """Mean, lowest and highest value by step, over the runs.
+
+    Args:
+        runs: Runs of one variant on one task.
+        names: Names of the quantity; the first that a point has counts.
+        scale: Factor.
+
+    Returns:
+        (step, mean, lowest, highest) at the steps that at least half of the runs have, ascending.
+    """
+    by_step: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        for point in run.record.metrics.get("curve") or []:
+            value = next((point[name] for name in names if point.get(name) is not None), None)
+            if value is not None and point.get("step") is not None:
+                by_step[int(point["step"])].append(scale * float(value))
+    most = max(map(len, by_step.values()), default=0)
+    return [
+        (step, mean(values), min(values), max(values))
+        for step, values in sorted(by_step.items())
+        if 2 * len(values) >= most
+    ]
+
+
+def _draw(
+    numbers: StudyNumbers,
+    scores: ModelScores,
+    bands: Mapping[tuple[int, str, str], Band],
+    rows: Sequence[int],
+) -> Any:
+    look = styles(scores.trained, numbers.reference)
+    places = [(row, task) for task in scores.tasks for row in rows]
+    figure, grid = panels(len(places), len(rows), height=3.2)
+    handles: dict[str, Any] = {}
+    for axes, (row, task) in zip(grid, places, strict=True):
+        for variant in scores.trained:
+            if band := bands.get((row, task, variant)):
+                steps, middle, low, high = zip(*band, strict=True)
+                style = look[variant]
+                axes.fill_between(steps, low, high, color=style.color, alpha=0.13, linewidth=0)
+                (handles[variant],) = axes.plot(
+                    steps, middle, style.line, color=style.color, linewidth=style.width
+                )
+        axes.set_title(f"{column_label(task)}: {ROWS[row][1]}", fontsize=FONT)
+        axes.grid(axis="y", color="#e5e5e5")
+    figure.supxlabel("training step", fontsize=FONT)
+    shown = [variant for variant in scores.trained if variant in handles]
+    legend(figure, [handles[variant] for variant in shown], [variant_label(variant) for variant in shown])
+    return figure

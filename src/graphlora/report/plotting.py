@@ -1,0 +1,122 @@
+"""The look of the pictures of studies: colors, marks, panels, files. Matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graphlora.errors import GraphLoraError
+
+# Okabe and Ito's colors without the yellow, which is faint on white; the first one is the reference's.
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PURPLE, INK, GRAY = "#56B4E9", "#CC79A7", "#222222", "#8a8a8a"
+OTHERS = (VERMILION, GREEN, ORANGE, PURPLE, SKY, INK)
+MARKERS = ("s", "D", "^", "v", "P", "X", "<", ">", "p", "h")
+LINES = ("-", "--", "-.", ":")
+# Large enough to be read at half the size of a page.
+FONT = 13
+WIDTH = 10.5
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a report.
+
+    Attributes:
+        name: Short name for its files.
+        title: Heading.
+        caption: What to see, the number of seeds, and what the error bars mean.
+        alt: What it shows, for those who cannot see it.
+        draw: Draws it; returns a matplotlib figure.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    draw: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a variant is drawn in every picture of a study."""
+
+    color: str
+    marker: str
+    line: str
+    width: float
+
+
+def styles(variants: Sequence[str], reference: str | None) -> dict[str, Style]:
+    """A color, mark and line for each variant; no two are alike, also without color."""
+    found = {}
+    others = [variant for variant in variants if variant != reference]
+    for index, variant in enumerate(others):
+        found[variant] = Style(
+            OTHERS[index % len(OTHERS)],
+            MARKERS[index % len(MARKERS)],
+            LINES[(index + index // len(OTHERS)) % len(LINES)],
+            1.8,
+        )
+    if reference is not None:
+        found[reference] = Style(BLUE, "o", "-", 3.0)
+    return found
+
+
+def panels(
+    count: int, columns: int, width: float = WIDTH, height: float = 3.4, **kwargs: Any
+) -> tuple[Any, list[Any]]:
+    """A figure with panels in rows of equal size; unused places stay empty.
+
+    Args:
+        count: Number of panels.
+        columns: Most panels in a row.
+        width: Width of the figure in inches.
+        height: Height of a row in inches.
+        kwargs: For `Figure.subplots`.
+
+    Raises:
+        GraphLoraError: Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise GraphLoraError("pictures need matplotlib; run: pip install 'graphlora[plots]'") from error
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width, rows * height + 0.3), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
+    for axes in grid[count:]:
+        axes.axis("off")
+    for axes in grid[:count]:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=FONT - 1)
+    return figure, grid[:count]
+
+
+def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], columns: int = 4) -> None:
+    """One legend for all panels, below them."""
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(columns, len(labels)),
+        fontsize=FONT,
+        frameon=False,
+        handlelength=2.6,
+    )
+
+
+def rendered(figure: Any, file_format: str) -> bytes:
+    """The figure as a file's content (`"png"` or `"svg"`), the same for the same numbers."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if file_format == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": "graphlora", "svg.fonttype": "path"}):
+        figure.savefig(
+            buffer, format=file_format, dpi=160, facecolor="white", bbox_inches="tight", metadata=metadata
+        )
+    return buffer.getvalue()
