@@ -27,7 +27,9 @@ ACTIVATIONS = {
 }
 OUTPUTS = ("router_logits", "router_probs", "top_k_weights", "top_k_index")
 pytestmark = [
-    pytest.mark.skipif(DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"),
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"
+    ),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning"),
 ]
@@ -125,7 +127,15 @@ def assert_agree(case: Case, bound: float, **options) -> None:
         {"self_weight": True},
         {"residual": 0.3, "act": "gelu"},
         {"self_weight": True, "residual": 0.5, "act": "gelu_tanh", "norm": False, "top_k": 3},
-        {"eps": None, "offset": False, "act": "relu", "tokens": 37, "g": 33, "num_experts": 9, "self_weight": True},
+        {
+            "eps": None,
+            "offset": False,
+            "act": "relu",
+            "tokens": 37,
+            "g": 33,
+            "num_experts": 9,
+            "self_weight": True,
+        },
         {"gates": True, "self_weight": True, "residual": 0.3},
         {"gates": True, "g": 70, "num_experts": 33, "top_k": 8, "tokens": 3},
         {"num_experts": 1, "top_k": 1, "self_weight": True},
@@ -146,7 +156,9 @@ def test_each_output_alone_gives_its_gradient(used):
     case = Case(self_weight=True)
     found, expected = case.run(case.fused, used=used), case.run(case.printed, used=used)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: name + text
+        )
 
 
 def test_no_gradient_where_the_routing_is_not_used():
@@ -259,7 +271,10 @@ def make_router(**changed) -> GraphRouter:
     [
         ({}, True),
         ({"learned_edges": True, "self_term": "residual"}, True),
-        ({"expert_features": "projected", "self_term": "none", "centering": False, "input_norm": False}, True),
+        (
+            {"expert_features": "projected", "self_term": "none", "centering": False, "input_norm": False},
+            True,
+        ),
         ({"conv": "sage"}, False),
         ({"conv": "gat"}, False),
         ({"num_layers": 3}, False),
@@ -306,12 +321,12 @@ def test_real_shapes(g, options):
     found, exact = case.run(case.fused, used=OUTPUTS[:2]), case.run(case.printed, used=OUTPUTS[:2])
     spread = float(exact["router_logits"].std(dim=0).mean())
     error = float((found["router_logits"] - exact["router_logits"]).square().mean().sqrt())
-    print(f"\ng={g} {options}: rms error of the logits / their spread {error / spread:.2e}")
+    print(f"\ng={g} {options}: rms error of the logits / their spread {error / spread:.2e}")  # noqa: T201 - shown by -s
     assert error < 0.01 * spread
     for name, value in exact.items():
         if name.startswith("grad of"):
             error = float((found[name] - value).float().norm() / value.float().norm())
-            print(f"  {name}: {error:.2e}")
+            print(f"  {name}: {error:.2e}")  # noqa: T201 - shown by -s
             assert error < 0.03, name
     again = case.run(case.fused, used=OUTPUTS[:2])
     assert all(torch.equal(value, again[name]) for name, value in found.items())
@@ -324,7 +339,9 @@ def test_a_cuda_graph_holds_forward_and_backward():
 
     def step() -> tuple[Tensor, ...]:
         routing = case.fused(leaves)
-        loss = (routing.router_probs * case.directions[1]).sum() + (routing.top_k_weights * case.directions[2]).sum()
+        loss = (routing.router_probs * case.directions[1]).sum() + (
+            routing.top_k_weights * case.directions[2]
+        ).sum()
         return torch.autograd.grad(loss, list(leaves.values()))
 
     torch.cuda.set_sync_debug_mode("error")
@@ -373,7 +390,7 @@ def test_time_at_real_shapes(g, self_weight):
         step()
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    print(f"\ng={g} self_weight={self_weight}: {median:.3f} ms, {len(kernels)} launches")
+    print(f"\ng={g} self_weight={self_weight}: {median:.3f} ms, {len(kernels)} launches")  # noqa: T201 - shown by -s
     for event in kernels:
-        print(f"  {event.device_time:7.1f} us  {event.name[:90]}")
+        print(f"  {event.device_time:7.1f} us  {event.name[:90]}")  # noqa: T201 - shown by -s
     assert median < 0.5

@@ -12,7 +12,9 @@ from graphlora.router import select_experts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.skipif(DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"),
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"
+    ),
     pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning"),
 ]
 
@@ -53,7 +55,15 @@ def run(path, tokens, num_experts, top_k, num_layers=3, is_masked=True, **settin
 )
 def test_equals_the_sums_in_pytorch(tokens, num_experts, top_k, is_masked, settings):
     found, expected = (
-        run(path, tokens, num_experts, top_k, is_masked=is_masked, **settings)
+        run(
+            path,
+            tokens,
+            num_experts,
+            top_k,
+            num_layers=1 if tokens > 100 else 3,
+            is_masked=is_masked,
+            **settings,
+        )
         for path in (routing_sums_triton, routing_sums_torch)
     )
     for name, value in expected.items():
@@ -76,7 +86,7 @@ def test_masked_tokens_count_nowhere():
 
 
 def test_sums_repeat_bit_for_bit():
-    first, second = (run(routing_sums_triton, 260, 4, 2) for _ in range(2))
+    first, second = (run(routing_sums_triton, 260, 4, 2, num_layers=1) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -84,7 +94,8 @@ def test_sums_repeat_bit_for_bit():
 @pytest.mark.parametrize("absolute", [False, True])
 def test_real_shapes(absolute):
     found, expected = (
-        run(path, 8192, 8, 2, num_layers=32, absolute=absolute) for path in (routing_sums_triton, routing_sums_torch)
+        run(path, 8192, 8, 2, num_layers=32, absolute=absolute)
+        for path in (routing_sums_triton, routing_sums_torch)
     )
     for name, value in expected.items():
         assert float((found[name] - value).norm() / value.norm()) < 1e-6, name

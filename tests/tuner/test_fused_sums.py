@@ -1,14 +1,15 @@
-"""The auxiliary loss with its sums from the kernel equals the PyTorch one: value, gradients, and the state it leaves."""
+"""The auxiliary loss with its sums from the kernel equals the PyTorch one: value, gradients, the state it leaves."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from tiny_llama import layers, make_model
+
 from graphlora.ops.backend import interprets_triton
 from graphlora.router import select_experts
 from graphlora.tuner import auxiliary
 from graphlora.tuner.record import RoutingRecord
-from tiny_llama import layers, make_model
 
 pytestmark = pytest.mark.skipif(not interprets_triton(), reason="TRITON_INTERPRET is not set")
 SETTINGS = [
@@ -45,4 +46,6 @@ def test_the_kernel_changes_nothing(settings, is_masked, monkeypatch):
     found, expected = (loss_and_state(settings, is_masked, fused, monkeypatch) for fused in (True, False))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-6, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}"
+        )

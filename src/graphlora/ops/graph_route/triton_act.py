@@ -44,7 +44,7 @@ def slope(x, ACT: tl.constexpr):
 @triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """`x` in another floating dtype, rounded to nearest; the interpreter by itself would cut to bfloat16."""
-    if _INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+    if _INTERPRETED and tl.bfloat16 == DTYPE and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)

@@ -51,7 +51,7 @@ def _tiles(tokens: int, num_experts: int, g: int, dtype: torch.dtype) -> _Tiles:
     """A tile has 128 node rows, so that the next layer's weights are read once for all of them; fewer in float32."""
     precise = dtype == torch.float32
     num_nodes, width = triton.next_power_of_2(num_experts), max(16, triton.next_power_of_2(g))
-    rows = 64 if precise or width <= 64 else 128
+    rows = max(num_nodes, 32) if precise else 64 if width <= 64 else 128
     depth = min(width, 32 if precise else 64)
     warps, token_rows = 8 if rows == 128 else 4, 16 if tokens <= 1024 else 64
     return _Tiles(rows // num_nodes, num_nodes, width, depth, warps, token_rows, precise)

@@ -100,7 +100,9 @@ def _square_sums(block, x, square_sum, T, d, BR: tl.constexpr, BD: tl.constexpr)
 def _rounded_copy(block, source, target, size, BLOCK: tl.constexpr):
     at = block * BLOCK + tl.arange(0, BLOCK)
     live = at < size
-    tl.store(target + at, narrowed(tl.load(source + at, mask=live, other=0.0), target.dtype.element_ty), mask=live)
+    tl.store(
+        target + at, narrowed(tl.load(source + at, mask=live, other=0.0), target.dtype.element_ty), mask=live
+    )
 
 
 @triton.jit

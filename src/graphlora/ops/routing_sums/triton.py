@@ -154,19 +154,31 @@ class _Sums(torch.autograd.Function):
         ctx.settings = (absolute, eps, count_probs)
         logit = logit.contiguous()
         ctx.mark_non_differentiable(logit, count)
+        ctx.set_materialize_grads(False)
         return load.contiguous(), logit, count, divergence.contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of probabilities, weights and log_target."""
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of probabilities, weights and log_target; a loss may leave out load or divergence."""
         grad_load, _, _, grad_divergence = grad_outputs
+        if grad_load is None and grad_divergence is None:
+            return (None,) * 9
         probs, index, mask, log_target, slopes = ctx.saved_tensors
+        of_load, of_divergence = (
+            torch.zeros_like(slopes) if t is None else t.contiguous() for t in (grad_load, grad_divergence)
+        )
         grad_probs, grad_weights = torch.ops.graphlora.routing_sums_backward(
-            probs, index, mask, log_target.contiguous(), grad_load.contiguous(), grad_divergence.contiguous(),
+            probs,
+            index,
+            mask,
+            log_target.contiguous(),
+            of_load.contiguous(),
+            of_divergence.contiguous(),
             *ctx.settings,
-        )  # fmt: skip
-        of_weights = None if ctx.settings[2] else grad_weights
-        return None, grad_probs, of_weights, None, None, grad_divergence * slopes, None, None, None
+        )
+        of_weights = None if ctx.settings[2] or grad_load is None else grad_weights
+        of_target = None if grad_divergence is None else grad_divergence * slopes
+        return None, grad_probs, of_weights, None, None, of_target, None, None, None
 
 
 def _token_block(num_experts: int) -> int:
