@@ -54,9 +54,10 @@ def _beside_projections(
     """Low-rank inputs of all experts, `[tokens, 2 N r + any]`, and the routing."""
     assert experts.gate_A is not None
     top_k, norm_topk_prob = selection
+    weights = None
     # Offloaded weights come with the router's own call alone.
-    fused = isinstance(router, GraphRouter) and not hasattr(router, "_hf_hook")
-    weights = router.fused_weights(top_k) if fused else None
+    if isinstance(router, GraphRouter) and not hasattr(router, "_hf_hook"):
+        weights = router.fused_weights(top_k)
     token_proj = (
         x.new_empty(0, x.shape[1], dtype=experts.up_A.dtype) if weights is None else weights.token_proj
     )

@@ -55,7 +55,8 @@ class DecodeStep:
             past_key_values=self.cache,
             use_cache=True,
         )
-        torch._foreach_sub_(_lengths(self.cache), 1)
+        # One launch for all layers; PyTorch has no public name for it.
+        torch._foreach_sub_([layer.cumulative_length for layer in _layers(self.cache)], 1)  # pyright: ignore[reportPrivateImportUsage]
         self.logits = outputs.logits
 
     def capture(self) -> None:
@@ -105,7 +106,7 @@ def decode_step(model: nn.Module, batch: int, context_length: int, seed: int = 0
     )
     # The first run allocates the cache, whose sizes the model knows best.
     step.run()
-    for layer in cache.layers:
+    for layer in _layers(cache):
         layer.keys.normal_(generator=generator)
         layer.values.normal_(generator=generator)
         layer.cumulative_length.fill_(context_length)
@@ -132,5 +133,6 @@ def captured_decode_step(model: nn.Module, batch: int, context_length: int, seed
     return step
 
 
-def _lengths(cache: StaticCache) -> list[Tensor]:
-    return [layer.cumulative_length for layer in cache.layers]  # pyright: ignore[reportAttributeAccessIssue]
+def _layers(cache: StaticCache) -> list[Any]:
+    """The layers as what `decode_step` checked that they are: `StaticLayer`, allocated."""
+    return list(cache.layers)

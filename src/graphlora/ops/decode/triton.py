@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202, SIM300 - kernels have no Python types
+# ruff: noqa: SIM300 - a constexpr comes first
 """The decode kernels: few tokens, so weights are the tall operand of every product and tokens its narrow one.
 
 Tiles are `[output rows, tokens]`. README.md has the reasoning. No kernel uses atomics, so results repeat bit for bit.
