@@ -5,6 +5,9 @@ import copy
 import peft
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from graphlora.errors import GraphLoraError
 
 
 @torch.no_grad()
@@ -65,6 +68,24 @@ def test_backends_agree_in_a_whole_model(make_llama, make_config, fill_adapter, 
         results.append({"loss": outputs.loss.detach(), **grads(model)})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off beside a GPU")
+def test_kernels_are_refused_where_they_do_not_fit(make_llama, make_config, tokens):
+    """With the reason; `"linear"` granularity has no kernels of its own and needs none."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    for base, reason in (
+        (gpt2, "FFN blocks without a gate"),
+        (make_llama(hidden_act="mish"), "the activation MishActivation"),
+    ):
+        model = peft.get_peft_model(base, make_config(backend="triton"))
+        with pytest.raises(GraphLoraError, match=f"do not support {reason}; use backend='auto'"):
+            model(input_ids=tokens)
+    model = peft.get_peft_model(make_llama(), make_config(backend="triton", top_k=4, num_experts=65))
+    with pytest.raises(GraphLoraError, match="more than 64 experts"):
+        model(input_ids=tokens)
+    config = make_config(backend="triton", expert_granularity="linear", router_type="linear")
+    assert peft.get_peft_model(make_llama(), config)(input_ids=tokens).logits.isfinite().all()
 
 
 def test_inputs_embeds_equal_input_ids(make_adapted, tokens):
