@@ -1,7 +1,5 @@
 """Command line of the benchmarks."""
 
-# ruff: noqa: T201 - it reports on the terminal
-
 from __future__ import annotations
 
 import argparse

@@ -1,7 +1,5 @@
 """Runs cases in a worker process within a time budget, and starts another one when it breaks. Imports no torch."""
 
-# ruff: noqa: T201 - it reports on the terminal
-
 from __future__ import annotations
 
 import json

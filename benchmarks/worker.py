@@ -1,7 +1,5 @@
 """The process that measures: takes cases one by one from its arguments and appends what it finds."""
 
-# ruff: noqa: T201 - it reports on the terminal
-
 from __future__ import annotations
 
 import functools
