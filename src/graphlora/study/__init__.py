@@ -1,0 +1,1 @@
+"""Studies: one file names variants, tasks and seeds; one command runs what is missing."""

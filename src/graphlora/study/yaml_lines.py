@@ -1,0 +1,88 @@
+"""YAML whose mistakes can be shown by line: values together with the place that each was written at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from graphlora.errors import GraphLoraError
+
+Place = tuple[str | int, ...]
+
+
+class Lines:
+    """Where the values of a YAML file stand.
+
+    Attributes:
+        path: The file; `None` where the values do not come from one.
+    """
+
+    def __init__(self, path: Path | None = None, lines: dict[Place, int] | None = None) -> None:
+        self.path = path
+        self._lines = lines or {}
+        self._given: dict[Place, str] = {}
+
+    def given_by(self, place: Place, option: str) -> None:
+        """Note that the command line gave the value of a place."""
+        self._given[place] = option
+
+    def at(self, place: Place) -> str:
+        """`"file.yaml:12"`: the line of a value, or of the nearest one around it; `"study"` without a file."""
+        if place in self._given:
+            return self._given[place]
+        if self.path is None:
+            return "study"
+        while place and place not in self._lines:
+            place = place[:-1]
+        return f"{self.path}:{self._lines[place]}" if place in self._lines else str(self.path)
+
+    def error(self, place: Place, text: str) -> GraphLoraError:
+        """The error of one value, with its line."""
+        return GraphLoraError(f"{self.at(place)}: {text}")
+
+
+def read_with_lines(path: Path) -> tuple[dict[str, Any], Lines]:
+    """Mapping in a YAML file, and the lines of its values.
+
+    Raises:
+        GraphLoraError: The file is missing or broken, not a mapping, or names a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise GraphLoraError(f"cannot read the study {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not UTF-8 text"
+        raise GraphLoraError(f"{path}{line}: broken YAML: {problem}") from error
+    if not isinstance(values, dict):
+        raise GraphLoraError(f"{path} holds no study: expected lines such as 'study: NAME' and 'variants:'")
+    lines: dict[Place, int] = {}
+    _walk(node, (), lines, path)
+    return values, Lines(path, lines)
+
+
+def _walk(node: Any, place: Place, lines: dict[Place, int], path: Path) -> None:
+    lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        for position, part in enumerate(node.value):
+            _walk(part, (*place, position), lines, path)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, part in node.value:
+        line = key.start_mark.line + 1
+        if key.value == "<<":
+            continue
+        if key.value in seen:
+            raise GraphLoraError(
+                f"{path}:{line}: {key.value!r} is here a second time (first in line {seen[key.value]}); keep one"
+            )
+        seen[key.value] = line
+        lines[(*place, key.value)] = line
+        _walk(part, (*place, key.value), lines, path)
