@@ -192,8 +192,8 @@ def rows_backward_kernel(
 ):  # fmt: skip
     """What the weight gradients of layer 2 are made of, and this tile's share of those of p and the residual's rows.
 
-    Writes `grad_rows` `[T' N, g]`, the gradient of layer 2 before its activation, and its inputs,
-    `features` `[T' N, g or 2 g]`, both of the T' tokens of this call, which starts at token `first` and ends before token T. `partial` is
+    Writes `grad_rows` `[T' N, g]`, the gradient of layer 2 before its activation, and its inputs, `features`
+    `[T' N, g or 2 g]`, both of the T' tokens of this call, from token `first` to before token T. `partial` is
     `[tiles, rows, g]`: gradients of c (N + 1 rows, from the other kernel), of p and of the residual's rows (N).
     """
     R: tl.constexpr = BT * NP
