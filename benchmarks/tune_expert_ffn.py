@@ -26,6 +26,7 @@ WEIGHT = [
 
 
 def plans() -> list[Any]:
+    """Combinations of the sizes above, each size in at least one plan."""
     from graphlora.ops.expert_ffn.triton import TilePlan, Tiles
 
     found = []
@@ -53,6 +54,7 @@ def plans() -> list[Any]:
 
 
 def run(plan: Any, tokens: int, d: int, f: int, r: int, skew: bool, steps: int) -> dict[str, float]:
+    """Device microseconds per kernel of one forward and backward with a plan; only compiles with no steps."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

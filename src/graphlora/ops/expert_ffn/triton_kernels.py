@@ -244,8 +244,8 @@ def token_gradient_kernel(
 ):  # fmt: skip
     """`d_gate`, `d_up`, and per split the row sums behind d_low_gate, d_low_up and d_weights.
 
-    `partial_low[split, token, slot, 0 or 1]` holds `B^T dg / w` and `B^T du / w`; `partial_weight[split, token, slot]` holds
-    `<q, h>`. Grid as in `forward_kernel`.
+    `partial_low[split, token, slot, 0 or 1]` holds `B^T dg / w` and `B^T du / w`;
+    `partial_weight[split, token, slot]` holds `<q, h>`. Grid as in `forward_kernel`.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
@@ -464,7 +464,8 @@ def reduce_low_kernel(
 ):  # fmt: skip
     """Adds the splits of `partial_low`, in order, into dense `[T, N r]` rows that are zero for experts not selected.
 
-    Forward (one part): `P = s w p`. Backward (two parts): `d_low_gate`, `d_low_up`, also times s w, and `d_weights`. Grid: (token blocks, blocks of the N r columns).
+    Forward (one part): `P = s w p`. Backward (two parts): `d_low_gate`, `d_low_up`, also times s w, and `d_weights`.
+    Grid: (token blocks, blocks of the N r columns).
     """
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
