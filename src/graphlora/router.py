@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graphlora.ops.graph_route.triton import RouterWeights
 
 Activation = Callable[[Tensor], Tensor]
+_aten = torch.ops.aten
 _RMS_EPS = 1e-6
 # Tokens of unit RMS that stand for the model's hidden states when a router is first scaled and centered.
 _CALIBRATION_TOKENS = 512
@@ -220,9 +221,9 @@ def begin_updates(routers: Iterable[CenteredRouter]) -> None:
         weight = some * torch.clamp(1 / (updates + 1), min=1 / _MEAN_HORIZON)
         mean = torch.stack([router.logit_sum for router in group]) / count.clamp_min(1)[:, None]
         offset = torch.stack([router.logit_offset for router in group]).lerp_(mean, weight[:, None])
-        torch._foreach_copy_([router.logit_offset for router in group], list(offset.unbind()))
-        torch._foreach_add_([router.num_updates for router in group], list(some.unbind()))
-        torch._foreach_zero_([t for router in group for t in (router.logit_sum, router.logit_count)])
+        _aten._foreach_copy_([router.logit_offset for router in group], list(offset.unbind()))
+        _aten._foreach_add_([router.num_updates for router in group], list(some.unbind()))
+        _aten._foreach_zero_([t for router in group for t in (router.logit_sum, router.logit_count)])
 
 
 class LinearRouter(CenteredRouter):
