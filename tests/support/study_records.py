@@ -118,7 +118,7 @@ def _curve(draw, score):
     for step in range(10, 141, 10):
         done = 1 - 0.97 ** (step / 2)
         points.append({"step": step, "loss": 1.1 - 0.5 * done - score / 500 + draw.gauss(0, 0.02)})
-        if step % 28 in (0, 10):
+        if step % 30 == 10:
             points.append(
                 {"step": step, "eval_acc_norm": (score - 15 * (1 - done) + draw.gauss(0, 0.5)) / 100}
             )

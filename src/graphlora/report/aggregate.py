@@ -19,7 +19,7 @@ from graphlora.report.inference import (
     summarize,
     variance_ratio,
 )
-from graphlora.report.names import AVERAGE, natural, ordered_variants
+from graphlora.report.names import AVERAGE, is_share, natural, ordered_variants
 from graphlora.report.reading import BASE, Run, StudyRuns
 
 
@@ -28,8 +28,8 @@ class Cell:
     """One variant on one task.
 
     Attributes:
-        values: Score by seed, in percent.
-        summary: Mean, standard deviation and interval over seeds, in percent.
+        values: Score by seed, in percent (a loss: in nats).
+        summary: Mean, standard deviation and interval over seeds, in the same unit.
         marked: Whether a record of another commit or a dirty tree is among them.
     """
 
@@ -209,7 +209,7 @@ def _model_scores(model: str, runs: Sequence[Run], split: str, reference: str | 
         for task, value in run.scores(split).items():
             sources = trained_on[task] if run.variant == BASE else {run.task}
             for column in {_column(task, source, trained_on[task]) for source in sources or {task}}:
-                scored[run.variant, column][run.seed] = 100 * value
+                scored[run.variant, column][run.seed] = value * (100 if is_share(run.metric) else 1)
                 behind[run.variant, column].append(run)
     tasks = tuple(sorted({column for _, column in scored}, key=natural))
     variants = tuple(ordered_variants({variant for variant, _ in scored}, reference))

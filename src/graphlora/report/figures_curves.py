@@ -9,7 +9,7 @@ from typing import Any
 from graphlora.report.aggregate import ModelScores, StudyNumbers
 from graphlora.report.inference import mean
 from graphlora.report.names import variant_label
-from graphlora.report.plotting import FONT, Picture, legend, panels, styles
+from graphlora.report.plotting import FONT, Picture, bottom_label, legend, panels, styles
 from graphlora.report.reading import Run
 from graphlora.report.tables import column_label, seeds_text
 
@@ -104,13 +104,13 @@ def _draw(
             if band := bands.get((row, task, variant)):
                 steps, middle, low, high = zip(*band, strict=True)
                 style = look[variant]
-                axes.fill_between(steps, low, high, color=style.color, alpha=0.13, linewidth=0)
+                axes.fill_between(steps, low, high, color=style.color, alpha=0.1, linewidth=0)
                 (handles[variant],) = axes.plot(
                     steps, middle, style.line, color=style.color, linewidth=style.width
                 )
         axes.set_title(f"{column_label(task)}: {ROWS[row][1]}", fontsize=FONT)
         axes.grid(axis="y", color="#e5e5e5")
-    figure.supxlabel("training step", fontsize=FONT)
+    bottom_label(grid, len(rows), "training step")
     shown = [variant for variant in scores.trained if variant in handles]
     legend(figure, [handles[variant] for variant in shown], [variant_label(variant) for variant in shown])
     return figure

@@ -7,7 +7,7 @@ from typing import Any
 
 from graphlora.report.aggregate import ModelScores, StudyNumbers
 from graphlora.report.names import task_label, variant_label
-from graphlora.report.plotting import FONT, INK, WIDTH, Picture, legend, panels, styles
+from graphlora.report.plotting import FONT, INK, WIDTH, Picture, bottom_label, legend, panels, styles
 from graphlora.report.routing import RoutingHealth, routing_health
 from graphlora.report.tables import column_label
 
@@ -100,7 +100,7 @@ def _draw_layers(numbers: StudyNumbers, scores: ModelScores, found: Sequence[Rou
             axes.set_ylim(bottom=0, top=1.08 * max(axes.get_ylim()[1], BALANCED))
         _whole_ticks(axes.xaxis)
         axes.grid(axis="y", color="#e5e5e5")
-    figure.supxlabel("layer", fontsize=FONT)
+    bottom_label(grid, 2, "layer")
     shown = [variant for variant in scores.trained if variant in handles]
     legend(figure, [handles[variant] for variant in shown], [variant_label(variant) for variant in shown])
     return figure

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphlora.report.aggregate import Comparison, ModelScores, StudyNumbers
-from graphlora.report.names import AVERAGE, task_label, variant_label
+from graphlora.report.names import AVERAGE, difference_unit, task_label, variant_label
 from graphlora.report.plotting import BLUE, FONT, INK, Picture, legend, panels
 from graphlora.report.sweep import UNNAMED, Panel, sweep_panels
 
@@ -38,13 +38,14 @@ def sweep_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
     seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
     reference = variant_label(numbers.reference)
     several = len(scores.tasks) > 1
+    unit = difference_unit(numbers.metric)
     bars = (
         "bars: 95% t interval of the paired difference" if max(counts) > 1 else "no error bars for one seed"
     )
     lines = "Thick: average over tasks; thin: single tasks, without bars" if several else "One task"
     caption = (
         f"What changing one setting of {reference} does on {scores.model}: difference to {reference} (large ring, "
-        f"zero by definition) in points over {seeds} shared seed{'' if counts == {1} else 's'}; {bars}. {lines}. "
+        f"zero by definition) in {unit} over {seeds} shared seed{'' if counts == {1} else 's'}; {bars}. {lines}. "
         "A flat line means that the setting hardly matters; settings are evenly spaced, whatever their values."
     )
     if any(value == UNNAMED for panel in found for value, _ in panel.points):
@@ -60,7 +61,7 @@ def sweep_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
         "Sensitivity",
         caption,
         alt,
-        lambda: _draw(found, scores, differences, numbers.reference),
+        lambda: _draw(found, scores, differences, numbers.reference, unit),
     )
 
 
@@ -73,6 +74,7 @@ def _draw(
     scores: ModelScores,
     differences: dict[tuple[str, str], Comparison],
     reference: str | None,
+    unit: str,
 ) -> Any:
     figure, grid = panels(len(found), 3, height=3.5, sharey=True)
     handles: dict[str, Any] = {}
@@ -104,21 +106,20 @@ def _draw(
             capsize=4,
             zorder=4,
         )
-        place = [variant for _, variant in panel.points].index(str(reference))
+        own = [variant for _, variant in panel.points].index(str(reference))
         axes.plot(
-            place, 0, "o", color=BLUE, markerfacecolor="white", markersize=13, markeredgewidth=2.4, zorder=5
+            own, 0, "o", color=BLUE, markerfacecolor="white", markersize=13, markeredgewidth=2.4, zorder=5
         )
         words = any(not value.replace(".", "").isdigit() for value, _ in panel.points)
-        axes.set_xticks(
-            range(len(panel.points)),
-            [value for value, _ in panel.points],
-            rotation=30 if words or len(panel.points) > 7 else 0,
-            ha="right" if words else "center",
-        )
+        # Words on two levels, so that neighbors have room.
+        ticks = [
+            ("\n" if words and place % 2 else "") + value for place, (value, _) in enumerate(panel.points)
+        ]
+        axes.set_xticks(range(len(ticks)), ticks, rotation=0 if words or len(ticks) <= 8 else 60)
         axes.set_xlim(-0.5, len(panel.points) - 0.5)
         axes.set_title(panel.label, fontsize=FONT)
         axes.grid(axis="y", color="#e5e5e5")
-    figure.supylabel("difference, points", fontsize=FONT)
+    figure.supylabel(f"difference, {unit}", fontsize=FONT)
     names = [scores.overall, *(task for task in scores.tasks if task in handles and task != scores.overall)]
     labels = ["average over tasks" if name == AVERAGE else task_label(name) for name in names]
     legend(figure, [handles[name] for name in names], labels)

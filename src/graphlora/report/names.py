@@ -34,7 +34,7 @@ TASKS = {
     "winogrande": "WinoGrande",
     "quiz": "quiz",
 }
-METRICS = {"acc_norm": "length-normalized accuracy", "acc": "accuracy"}
+METRICS = {"acc_norm": "length-normalized accuracy", "acc": "accuracy", "loss": "loss"}
 AVERAGE = "average"
 
 
@@ -44,8 +44,27 @@ def variant_label(variant: str) -> str:
         return VARIANTS[variant]
     for known in sorted(VARIANTS, key=len, reverse=True):
         if variant.startswith(f"{known}_"):
-            return f"{VARIANTS[known]} {variant[len(known) + 1 :].replace('_', ' ')}"
-    return variant.replace("_", " ")
+            return f"{VARIANTS[known]} {_words(variant[len(known) + 1 :])}"
+    return _words(variant)
+
+
+def _words(text: str) -> str:
+    return text.replace("_", " ").replace("poisson", "Poisson")
+
+
+def metric_label(metric: str) -> str:
+    """Name of a metric with its unit."""
+    return METRICS.get(metric, metric) + (", %" if is_share(metric) else "")
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of items, which is shown in percent; else it is a loss, and lower is better."""
+    return metric != "loss"
+
+
+def difference_unit(metric: str) -> str:
+    """Unit of differences."""
+    return "points" if is_share(metric) else "nats"
 
 
 def task_label(task: str) -> str:

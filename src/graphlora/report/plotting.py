@@ -18,6 +18,8 @@ LINES = ("-", "--", "-.", ":")
 # Large enough to be read at half the size of a page.
 FONT = 13
 WIDTH = 10.5
+BARS = "Bars: 95% t interval over seeds"
+ONE_SEED = "One seed each, so there are no error bars"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,15 @@ def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], columns: 
         frameon=False,
         handlelength=2.6,
     )
+
+
+def bottom_label(grid: Sequence[Any], columns: int, text: str) -> None:
+    """One label for the horizontal axes, below each panel of the last row.
+
+    A label of the whole figure would lie on a legend outside the panels.
+    """
+    for axes in grid[-((len(grid) - 1) % columns + 1) :]:
+        axes.set_xlabel(text, fontsize=FONT)
 
 
 def rendered(figure: Any, file_format: str) -> bytes:

@@ -26,6 +26,8 @@ IGNORED = {"seed", "output_dir", "run_name", "variant", "task", "tasks", "policy
 NESTED = ("adapter", "adapter_args")
 # The value where the config names none.
 UNNAMED = "default"
+# Sorts of edges from none to all, then those that depend on the experts.
+EDGE_SORTS = ("none", "random", "ring", "complete", "similarity", "learned", "explicit")
 
 
 @dataclass(frozen=True)
@@ -106,19 +108,18 @@ def _value(run: Run, field: str) -> Any:
 
 
 def _ordered(points: list[tuple[Any, str]]) -> tuple[tuple[str, str], ...]:
-    def place(point: tuple[Any, str]) -> tuple[int, float, list[Any]]:
+    def place(point: tuple[Any, str]) -> tuple[float, list[Any]]:
         value, _ = point
-        number = isinstance(value, (int, float))
+        if isinstance(value, (int, float)):
+            return float(value), []
         return (
-            (0 if value is None else 1 if number else 2),
-            float(value) if number else 0.0,
-            natural(str(value)),
-        )
+            -1.0 if value is None else EDGE_SORTS.index(value) if value in EDGE_SORTS else float("inf")
+        ), natural(str(value))
 
-    return tuple(
-        (
-            UNNAMED if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value),
-            variant,
-        )
-        for value, variant in sorted(points, key=place)
-    )
+    return tuple((_shown(value), variant) for value, variant in sorted(points, key=place))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return UNNAMED
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

@@ -13,7 +13,7 @@ from graphlora.report.aggregate import (
     variant_runs,
 )
 from graphlora.report.inference import mean
-from graphlora.report.names import AVERAGE, METRICS, task_label, variant_label
+from graphlora.report.names import AVERAGE, difference_unit, is_share, metric_label, task_label, variant_label
 from graphlora.report.numerals import NONE, interval, mean_std, number, p_text, ratio_text, signed
 from graphlora.report.reading import BASE
 from graphlora.report.routing import routing_health
@@ -162,15 +162,16 @@ def _score_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, where:
             ]
             row.append(f"{mean(stds):.2f}" if len(stds) == len(scores.tasks) else NONE)
         rows.append(tuple(row))
+    best_of = max if is_share(numbers.metric) else min
     best = {
-        max((key for key in means if key[1] == column), key=lambda key: means[key])
+        best_of((key for key in means if key[1] == column), key=lambda key: means[key])
         for column in {column for _, column in means}
     }
     heads = ["method", "trained (M)", *(column_label(column) for column in scores.columns)]
     heads += ["mean std"] if len(scores.tasks) > 1 else []
     caption = (
-        f"{_metric_text(numbers)} in percent, mean ± standard deviation over {seeds_text(scores)}{where}. "
-        "Bold: the highest mean of a column, whether or not the difference is significant (see the comparison)."
+        f"{_metric_text(numbers)}, mean ± standard deviation over {seeds_text(scores)}{where}. "
+        "Bold: the best mean of a column, whether or not the difference is significant (see the comparison)."
         + (
             " Mean std: mean of the tasks' standard deviations, the paper's stability."
             if len(scores.tasks) > 1
@@ -204,12 +205,12 @@ def _comparison_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, w
                 row += ["reference" if variant == numbers.reference else NONE] + [NONE] * 5
             rows.append(tuple(row))
     tests = sum(c.t_p is not None for c in numbers.comparisons)
+    other = variant_label(numbers.reference) if numbers.reference else "a reference (none was named)"
     caption = (
-        f"Each method with its 95% t interval over seeds{where}, and its difference to "
-        f"{variant_label(numbers.reference) if numbers.reference else 'a reference (none was named)'} in points over "
-        "the seeds that both have (pairs), with the 95% t interval. p: paired t test; Holm: the same corrected for all "
-        f"{tests} tests of this study; flips: exact sign-flip permutation test, which cannot fall below 2 / 2^pairs "
-        "(0.0625 for five)."
+        f"Each method with its 95% t interval over seeds{where}, and its difference to {other} in "
+        f"{difference_unit(numbers.metric)} over the seeds that both have (pairs), with the 95% t interval. p: paired t "
+        f"test; Holm: the same corrected for all {tests} tests of this study; flips: exact sign-flip permutation test, "
+        "which cannot fall below 2 / 2^pairs (0.0625 for five)."
     )
     heads = ("task", "method", "n", "mean", "std", "95% interval", "difference", "95% interval", "pairs")
     heads += ("p", "Holm", "flips")
@@ -299,7 +300,7 @@ def _routing_table(scores: ModelScores, suffix: str, where: str) -> Table:
 
 def _metric_text(numbers: StudyNumbers) -> str:
     split = "" if numbers.study.split == "test" else ", on the validation split"
-    text = METRICS.get(numbers.metric, numbers.metric)
+    text = metric_label(numbers.metric).replace(", %", " in percent")
     return f"{text[0].upper()}{text[1:]}{split}"
 
 

@@ -1,0 +1,141 @@
+"""Picture of what accuracy costs: against trained parameters and against the speed of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from graphlora.report.aggregate import ModelScores, StudyNumbers, metric_mean, variant_runs
+from graphlora.report.names import AVERAGE, metric_label, variant_label
+from graphlora.report.plotting import BARS, FONT, ONE_SEED, Picture, legend, panels, styles
+from graphlora.report.tables import column_label, seeds_text
+
+# Distance of marks side by side, as a share of the values' range.
+GAP = 0.022
+
+
+def cost_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Picture | None:
+    """Accuracy against trained parameters and against speed; `None` where fewer than two methods have either.
+
+    Args:
+        numbers: Numbers of the study.
+        scores: Those of one model.
+        suffix: End of the picture's name.
+    """
+    axes_of = [
+        (name, label)
+        for name, label in (
+            ("num_trained", "trained parameters, millions"),
+            ("tokens_per_second", "tokens per second in training"),
+        )
+        if len(_points(scores, name)) > 1
+    ]
+    if not axes_of:
+        return None
+    what = "the average over tasks" if scores.overall == AVERAGE else column_label(scores.overall)
+    several = any(scores.cells[v, scores.overall].summary.n > 1 for v, _ in _points(scores, axes_of[0][0]))
+    left_out = [v for v in scores.trained if (v, scores.overall) not in scores.cells]
+    good = "lower" if numbers.metric == "loss" else "upper"
+    better = {
+        "num_trained": f"Against parameters, the {good} left is better",
+        "tokens_per_second": f"Against speed, the {good} right is better; the speed is that of these runs' machine",
+    }
+    caption = (
+        f"Accuracy of {scores.model} ({what}) against what a method costs, {seeds_text(scores)}. "
+        f"{'. '.join(better[name] for name, _ in axes_of)}. "
+        "Marks of almost the same cost stand side by side. "
+        f"{BARS if several else ONE_SEED}."
+    )
+    if left_out:
+        caption += f" Without a score on every task, so not shown: {', '.join(map(variant_label, left_out))}."
+    alt = "Accuracy against cost: " + "; ".join(
+        f"{variant_label(v)} {scores.cells[v, scores.overall].summary.mean:.1f} at {x:,.0f} {label}"
+        for name, label in axes_of
+        for v, x in _points(scores, name)
+    ).replace("trained parameters, millions", "trained parameters")
+    return Picture(
+        f"efficiency{suffix}",
+        "Accuracy against cost",
+        caption,
+        alt,
+        lambda: _draw(numbers, scores, axes_of, what),
+    )
+
+
+def _points(scores: ModelScores, name: str) -> list[tuple[str, float]]:
+    points = []
+    for variant in scores.trained:
+        value = metric_mean(variant_runs(scores, variant), name)
+        if value and (variant, scores.overall) in scores.cells:
+            points.append((variant, value))
+    return points
+
+
+def _draw(numbers: StudyNumbers, scores: ModelScores, axes_of: Sequence[tuple[str, str]], what: str) -> Any:
+    look = styles(scores.trained, numbers.reference)
+    figure, grid = panels(len(axes_of), 2, height=4.6, sharey=True)
+    handles: dict[str, Any] = {}
+    for axes, (name, label) in zip(grid, axes_of, strict=True):
+        points = _points(scores, name)
+        values = [value for _, value in points]
+        log = max(values) > 3 * min(values)
+        for (variant, _), place in zip(points, side_by_side(values, log), strict=True):
+            style, s = look[variant], scores.cells[variant, scores.overall].summary
+            handles[variant] = axes.errorbar(
+                place,
+                s.mean,
+                yerr=None if s.high is None else s.high - s.mean,
+                fmt=style.marker,
+                color=style.color,
+                markersize=11,
+                linewidth=1.6,
+                markeredgecolor="white",
+            )
+        _cost_axis(axes, name, log)
+        axes.set_xlabel(label, fontsize=FONT)
+        axes.grid(color="#e5e5e5")
+    grid[0].set_ylabel(f"{metric_label(numbers.metric)}\n({what})", fontsize=FONT)
+    shown = [variant for variant in scores.trained if variant in handles]
+    legend(figure, [handles[variant] for variant in shown], [variant_label(variant) for variant in shown])
+    return figure
+
+
+def side_by_side(values: Sequence[float], log: bool = False) -> list[float]:
+    """Places on an axis for values, at least a mark's width apart and in sum as near to the values as that allows.
+
+    Args:
+        values: Positive values.
+        log: Whether the axis is logarithmic.
+
+    Returns:
+        Places in the order of `values`.
+    """
+    there = [math.log(value) if log else value for value in values]
+    gap = GAP * (max(there) - min(there) or abs(there[0]) or 1.0)
+    order = sorted(range(len(there)), key=lambda index: there[index])
+    # Pool adjacent violators: with i gaps taken off the i-th place, places need only not descend.
+    blocks: list[tuple[float, int]] = []
+    for rank, index in enumerate(order):
+        blocks.append((there[index] - rank * gap, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (first, n), (second, m) = blocks[-2:]
+            blocks[-2:] = [((first * n + second * m) / (n + m), n + m)]
+    fitted = [value for value, count in blocks for _ in range(count)]
+    places = dict(zip(order, (value + rank * gap for rank, value in enumerate(fitted)), strict=True))
+    return [math.exp(places[index]) if log else places[index] for index in range(len(there))]
+
+
+def _cost_axis(axes: Any, name: str, log: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    unit = 1e6 if name == "num_trained" else 1e3
+    sign = "" if name == "num_trained" else "k"
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}{sign}"))
