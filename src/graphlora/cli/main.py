@@ -22,6 +22,8 @@ COMMANDS = {
     "train": ("train", "fine-tune a model from a recipe"),
     "evaluate": ("evaluate", "accuracy of an adapter or a base model on tasks"),
     "generate": ("generate", "answer one prompt, a file of prompts, or chat"),
+    "study": ("study", "compare methods over tasks and seeds; stop and go on at any time"),
+    "report": ("report", "tables and figures from the records of a study"),
     "bench": ("bench", "how fast and how big a model will be with an adapter, on this machine"),
     "info": ("info", "what an adapter is: sizes, graph, expert loads, record"),
     "import": ("import_adapter", "turn a checkpoint of the paper's authors into an adapter"),

@@ -90,13 +90,14 @@ def make_runs(spec: StudySpec) -> list[Run]:
         for model, task in cells
         for variant in spec.all_variants
     }
-    runs = [_base_run(spec, model, task) for model, task in cells]
+    policies = {task.name: _policy(spec, model, task) for model, task in cells}
+    runs = [_base_run(spec, model, task, policies[task.name]) for model, task in cells]
     for seed in spec.seeds:
         for model, task in cells:
             for variant in spec.variants:
                 recipe = recipes[model.name, task.name, variant.name]
                 target = recipes.get((model.name, task.name, variant.match_parameters or ""))
-                runs.append(_run(spec, model, task, variant.name, seed, recipe, target))
+                runs.append(_run(spec, model, task, variant.name, seed, recipe, target, policies[task.name]))
     return runs
 
 
@@ -172,6 +173,7 @@ def _run(
     seed: int | None,
     recipe: Recipe,
     target: Recipe | None,
+    policy: dict[str, Any],
 ) -> Run:
     if seed is not None:
         recipe = recipe.changed(seed=seed)
@@ -195,7 +197,7 @@ def _run(
         seed=seed,
         options=given,
         match=match,
-        policy={**spec.policy, **task.policy},
+        policy=policy,
         evaluate=spec.evaluate,
         metric=spec.metric,
         test_limit=spec.test_limit,
@@ -203,7 +205,13 @@ def _run(
     )
 
 
-def _base_run(spec: StudySpec, model: StudyModel, task: StudyTask) -> Run:
+def _policy(spec: StudySpec, model: StudyModel, task: StudyTask) -> dict[str, Any]:
+    """The policy's options as the recipe takes them: `1e-3` as a number."""
+    recipe = _checked(spec, model, task, Variant(BASE, {}))
+    return {name: getattr(recipe, name) for name in {**spec.policy, **task.policy}}
+
+
+def _base_run(spec: StudySpec, model: StudyModel, task: StudyTask, policy: dict[str, Any]) -> Run:
     """The base model's evaluation: of the policy, only what decides scores counts."""
     nothing = Variant(BASE, {})
     recipe = _checked(spec, model, task, nothing)
@@ -219,7 +227,7 @@ def _base_run(spec: StudySpec, model: StudyModel, task: StudyTask) -> Run:
     )
     kept += ("max_length", "eval_limit", "limit_seed")
     plain = Recipe(**{name: getattr(recipe, name) for name in kept}, output_dir=NOWHERE)
-    return _run(spec, model, task, BASE, None, plain, None)
+    return _run(spec, model, task, BASE, None, plain, None, policy)
 
 
 def _given(recipe: Recipe) -> dict[str, Any]:
