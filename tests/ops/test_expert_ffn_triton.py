@@ -225,6 +225,9 @@ def test_a_plan_covers_every_row_once_with_its_experts(rows, num_experts, top_k)
                 assert not shape.uniform or mine == listed
             seen += rows_here
         assert sorted(seen) == list(range(rows)) or pieces == 0
+    starts = [part.data_ptr() - plan.data_ptr() for part in shape.parts(plan)]
+    assert all(start % 16 == 0 for start in starts)
+    assert shape.tiles * 4 % 16 == shape.chunks * 4 % 16 == 0
     if shape.uniform:
         by_expert = weights.cpu().gather(1, ids.cpu().argsort(dim=1))
         assert torch.equal(sorted_weights.view(torch.float32).view(rows, top_k), by_expert[order.long()])

@@ -128,7 +128,7 @@ def _dot(a, b, acc, PRECISE: tl.constexpr):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     gate, up, low_gate, low_up, gate_B, up_B, down_A, weights, ids, seed,
     token_order, sorted_weights, tile_start, tile_end, tile_experts, tile_count,
@@ -231,7 +231,7 @@ def forward_kernel(
         tl.store(partial_low + place * r + lane[None, None, :], total, mask=filled)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def token_gradient_kernel(
     gate, up, d_mixed, low_gate, low_up, d_low_down, gate_B, up_B, down_A, weights, ids, seed,
     token_order, sorted_weights, tile_start, tile_end, tile_experts, tile_count,
@@ -454,7 +454,7 @@ def weight_gradient_kernel(
         tl.store(out + 2 * f * r, scaling * sums_down[k], mask=table)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "splits"])
 def reduce_low_kernel(
     partial_low, partial_weight, weights, ids,
     out_0, out_1, d_weights,
@@ -506,7 +506,7 @@ def reduce_low_kernel(
                 tl.store(d_weights + t * K + k, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def reduce_weight_kernel(
     partial, chunk_start, chunk_end, chunk_experts,
     d_gate_B, d_up_B, d_down_A,

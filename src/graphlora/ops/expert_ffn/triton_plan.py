@@ -48,10 +48,13 @@ class PlanShape:
         return self.num_sets <= _MOST_SETS
 
     def pieces(self, size: int) -> int:
-        """Most pieces of at most `size` rows."""
-        if not self.uniform:
-            return triton.cdiv(self.rows, size)
-        return min(self.rows, self.rows // size + self.num_sets)
+        """Most pieces of at most `size` rows, rounded up so that every part of the plan is aligned."""
+        most = (
+            min(self.rows, self.rows // size + self.num_sets)
+            if self.uniform
+            else triton.cdiv(self.rows, size)
+        )
+        return _aligned(most)
 
     @property
     def tiles(self) -> int:
@@ -66,16 +69,25 @@ class PlanShape:
     @property
     def numel(self) -> int:
         """Length of the plan: row order and weights, then start, end, count and experts of every tile and chunk."""
-        return self.rows * (1 + self.top_k) + (self.tiles + self.chunks) * (3 + self.num_experts)
+        return sum(_aligned(size) for size in self._sizes())
 
     def parts(self, plan: Tensor) -> tuple[Tensor, ...]:
         """`(order, weights, start, end, count, experts)`; the last four with tiles first, then chunks.
 
         `weights` holds the bits of the float32 weights of each sorted row, by ascending expert (uniform plans only).
         """
+        sizes = self._sizes()
+        padded = plan.split([_aligned(size) for size in sizes])
+        return tuple(part[:size] for part, size in zip(padded, sizes, strict=True))
+
+    def _sizes(self) -> list[int]:
         pieces = self.tiles + self.chunks
-        sizes = [self.rows, self.rows * self.top_k, pieces, pieces, pieces, pieces * self.num_experts]
-        return plan.split(sizes)
+        return [self.rows, self.rows * self.top_k, pieces, pieces, pieces, pieces * self.num_experts]
+
+
+def _aligned(size: int) -> int:
+    """`size` rounded up to 16 bytes of int32: Triton compiles a kernel anew for each pattern of unaligned pointers."""
+    return -(-size // 4) * 4
 
 
 def make_plan(top_k_index: Tensor, top_k_weights: Tensor, shape: PlanShape) -> Tensor:
@@ -121,7 +133,7 @@ def _set_rank(ids, t, live, K: tl.constexpr):
     return rank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _histogram_kernel(ids, histogram, T, K: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr):
     """Rows per set in each block of rows."""
     block = tl.program_id(0)
@@ -132,7 +144,7 @@ def _histogram_kernel(ids, histogram, T, K: tl.constexpr, SP: tl.constexpr, BLOC
     tl.store(histogram + block * SP + sets, tl.sum((key[:, None] == sets[None, :]).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])
 def _scatter_kernel(
     ids, weights, histogram, order, sorted_weights, T, blocks,
     K: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
@@ -167,7 +179,7 @@ def _scatter_kernel(
         tl.store(histogram + blocks * SP + sets, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles"])
 def _piece_kernel(
     ids, totals, order, start_ptr, end_ptr, count_ptr, experts_ptr, T, tiles,
     K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SP: tl.constexpr,
