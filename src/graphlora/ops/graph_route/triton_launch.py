@@ -119,15 +119,18 @@ def prepare(
         features, conv, conv if self_weight is None else self_weight, graph, static, token_proj, proj_rounded,
         conv_rounded, self_rounded, x, square_sum, residual, tokens, d, num_experts, g,
         blocks[0], token_proj.numel(), blocks[1], conv.numel(), blocks[2], blocks[3],
-        NQ=_padded_nodes(num_experts), BJ=_STATIC_COLUMNS, BK=min(tiles.width, 64), BR=_ROWS, BD=_ROW_BLOCK,
-        BLOCK=_COPY_BLOCK, ACT=act, SELF=self_weight is not None, RESIDUAL=residual != 0, GIVEN=graph_normalized,
-        num_warps=4,
+        BJ=_STATIC_COLUMNS, BR=_ROWS, BD=_ROW_BLOCK, BLOCK=_COPY_BLOCK, ACT=act, SELF=self_weight is not None,
+        RESIDUAL=residual != 0, GIVEN=graph_normalized, **_static_tiles(num_experts, tiles.width),
     )  # fmt: skip
     return outputs
 
 
-def _padded_nodes(num_experts: int) -> int:
-    return max(16, triton.next_power_of_2(num_experts + 1))
+def _static_tiles(num_experts: int, width: int) -> dict[str, int]:
+    """Padded number of nodes and columns at a time; with more than 31 experts only the smaller fit in shared memory."""
+    padded = max(16, triton.next_power_of_2(num_experts + 1))
+    if padded > 32:
+        return {"NQ": padded, "BK": min(width, 32), "num_warps": 8, "num_stages": 1}
+    return {"NQ": padded, "BK": min(width, 64), "num_warps": 4, "num_stages": 3}
 
 
 def _prepare_fake(
@@ -253,8 +256,8 @@ def backward(
     static_part.static_backward_kernel[(blocks,)](
         features, conv, conv if self_weight is None else self_weight, graph, sums, first_layer, second_layer,
         grad_features, grad_conv, grad_self, grad_out, grad_mixing, residual, num_experts, g, len(sums),
-        NQ=_padded_nodes(num_experts), BI=_STATIC_COLUMNS, BK=min(tiles.width, 64), RESIDUAL=residual != 0,
-        GIVEN=graph_normalized, EDGES=graph_grad, num_warps=4, **common,
+        BI=_STATIC_COLUMNS, RESIDUAL=residual != 0, GIVEN=graph_normalized, EDGES=graph_grad,
+        **_static_tiles(num_experts, tiles.width), **common,
     )  # fmt: skip
     grad_graph = (
         _graph_gradient(edges, grad_mixing.sum(dim=0), num_experts, residual) if graph_grad else outputs[6]
