@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -93,27 +94,29 @@ def _aligned(size: int) -> int:
 def make_plan(top_k_index: Tensor, top_k_weights: Tensor, shape: PlanShape) -> Tensor:
     """The plan for `[rows, top_k]` selected experts and weights: a flat int32 tensor of `shape.numel` entries."""
     plan = torch.empty(shape.numel, dtype=torch.int32, device=top_k_index.device)
-    order, weights, start, end, count, experts = shape.parts(plan)
-    totals = plan
-    padded = max(triton.next_power_of_2(shape.num_sets), 16) if shape.uniform else 16
+    order, weights, *pieces = shape.parts(plan)
+    sizes: dict[str, Any] = {
+        "K": shape.top_k, "N": shape.num_experts, "NP": triton.next_power_of_2(shape.num_experts),
+        "TILE": shape.tile, "CHUNK": shape.chunk,
+    }  # fmt: skip
     if shape.uniform:
         blocks = triton.cdiv(shape.rows, _SORT_BLOCK)
-        histogram = torch.empty(blocks + 1, padded, dtype=torch.int32, device=plan.device)
-        common = {"K": shape.top_k, "SP": padded, "BLOCK": _SORT_BLOCK}
-        _histogram_kernel[(blocks,)](top_k_index, histogram, shape.rows, **common)
-        _scatter_kernel[(blocks,)](
-            top_k_index, top_k_weights, histogram, order, weights, shape.rows, blocks, **common
+        sizes |= {"SP": max(triton.next_power_of_2(shape.num_sets), 16), "BLOCK": _SORT_BLOCK}
+        histogram = torch.empty(blocks, sizes["SP"], dtype=torch.int32, device=plan.device)
+        _histogram_kernel[(blocks,)](
+            top_k_index, histogram, shape.rows, K=sizes["K"], SP=sizes["SP"], BLOCK=_SORT_BLOCK
         )
-        totals = histogram[blocks]
-    else:
-        chosen = top_k_index.sort(dim=1).values.long()
-        place = shape.num_experts ** torch.arange(shape.top_k - 1, -1, -1, device=plan.device)
-        order.copy_((chosen * place).sum(dim=1).argsort(stable=True))
-    _piece_kernel[(shape.tiles + shape.chunks,)](
-        top_k_index, totals, order, start, end, count, experts, shape.rows, shape.tiles,
-        K=shape.top_k, N=shape.num_experts, NP=triton.next_power_of_2(shape.num_experts), SP=padded,
-        TILE=shape.tile, CHUNK=shape.chunk, UNIFORM=shape.uniform,
-    )  # fmt: skip
+        _sort_kernel[(blocks,)](
+            top_k_index, top_k_weights, histogram, order, weights, *pieces,
+            shape.rows, blocks, shape.tiles, shape.tiles + shape.chunks, **sizes,
+        )  # fmt: skip
+        return plan
+    chosen = top_k_index.sort(dim=1).values.long()
+    place = shape.num_experts ** torch.arange(shape.top_k - 1, -1, -1, device=plan.device)
+    order.copy_((chosen * place).sum(dim=1).argsort(stable=True))
+    _cut_kernel[(shape.tiles,)](
+        top_k_index, order, *pieces, shape.rows, K=sizes["K"], N=sizes["N"], NP=sizes["NP"], TILE=shape.tile
+    )
     return plan
 
 
@@ -144,12 +147,27 @@ def _histogram_kernel(ids, histogram, T, K: tl.constexpr, SP: tl.constexpr, BLOC
     tl.store(histogram + block * SP + sets, tl.sum((key[:, None] == sets[None, :]).to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["T", "blocks"])
-def _scatter_kernel(
-    ids, weights, histogram, order, sorted_weights, T, blocks,
-    K: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _binomial(n, m: tl.constexpr):
+    """`C(n, m)`, elementwise."""
+    c = n * 0 + 1
+    for i in tl.static_range(m):
+        c = c * (n - i) // (i + 1)
+    return tl.where(n >= m, c, 0)
+
+
+@triton.jit(do_not_specialize=["T", "blocks", "tiles", "pieces"])
+def _sort_kernel(
+    ids, weights, histogram, order, sorted_weights, start_ptr, end_ptr, count_ptr, experts_ptr,
+    T, blocks, tiles, pieces,
+    K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Stable counting sort: writes each row where its set's rows belong; block 0 also writes the totals per set."""
+    """Stable counting sort of a block's rows by their set of experts; every program also describes some pieces.
+
+    A piece is a tile, or, after all tiles, a chunk: its rows, and its experts in ascending order, which follow from
+    the rank of its set. Unused pieces are empty.
+    """
     block = tl.program_id(0)
     t = block * BLOCK + tl.arange(0, BLOCK)
     live = t < T
@@ -163,10 +181,10 @@ def _scatter_kernel(
         )
         total += tl.sum(counts, 0)
         earlier += tl.sum(tl.where((other < block)[:, None], counts, 0), 0)
-    begin = tl.cumsum(total, 0) - total + earlier
+    begin = tl.cumsum(total, 0) - total
     key = tl.where(live, _set_rank(ids, t, live, K), -1)
     mine = (key[:, None] == sets[None, :]).to(tl.int32)
-    place = tl.sum(mine * (begin[None, :] + tl.cumsum(mine, 0) - 1), 1)
+    place = tl.sum(mine * ((begin + earlier)[None, :] + tl.cumsum(mine, 0) - 1), 1)
     tl.store(order + place, t, mask=live)
     for k in tl.static_range(K):
         e = tl.load(ids + t * K + k, mask=live, other=0)
@@ -175,51 +193,44 @@ def _scatter_kernel(
             below += (tl.load(ids + t * K + j, mask=live, other=0) < e).to(tl.int32)
         w = tl.load(weights + t * K + k, mask=live, other=0.0).to(tl.float32)
         tl.store(sorted_weights + place * K + below, w.to(tl.int32, bitcast=True), mask=live)
-    if block == 0:
-        tl.store(histogram + blocks * SP + sets, total)
-
-
-@triton.jit(do_not_specialize=["T", "tiles"])
-def _piece_kernel(
-    ids, totals, order, start_ptr, end_ptr, count_ptr, experts_ptr, T, tiles,
-    K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SP: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, UNIFORM: tl.constexpr,
-):  # fmt: skip
-    """Start, end and experts (ascending) of each tile, and of each chunk after them; unused pieces are empty."""
-    piece = tl.program_id(0)
-    if UNIFORM:
+    n = tl.arange(0, NP)
+    for piece in range(block, pieces, blocks):
         size = tl.where(piece < tiles, TILE, CHUNK)
         index = tl.where(piece < tiles, piece, piece - tiles)
-        total = tl.load(totals + tl.arange(0, SP))
-        pieces = (total + size - 1) // size
-        last = tl.cumsum(pieces, 0)
-        first = last - pieces
-        mine = (index >= first) & (index < last)
-        begin = tl.cumsum(total, 0) - total
-        start = tl.sum(tl.where(mine, begin + (index - first) * size, 0), 0)
-        end = tl.sum(tl.where(mine, tl.minimum(begin + (index - first) * size + size, begin + total), 0), 0)
-        count = K
-        if start < end:
-            t = tl.load(order + start)
-            for k in tl.static_range(K):
-                e = tl.load(ids + t * K + k).to(tl.int32)
-                below = 0
-                for j in tl.static_range(K):
-                    below += (tl.load(ids + t * K + j).to(tl.int32) < e).to(tl.int32)
-                tl.store(experts_ptr + piece * N + below, e)
-    else:
-        start = piece * TILE
-        end = tl.minimum(start + TILE, T)
-        position = start + tl.arange(0, TILE)
-        live = position < end
-        t = tl.load(order + position, mask=live, other=0)
-        n = tl.arange(0, NP)
-        present = tl.zeros((NP,), tl.int32)
-        for k in tl.static_range(K):
-            e = tl.load(ids + t * K + k, mask=live, other=-1).to(tl.int32)
-            present = tl.maximum(present, tl.max((e[:, None] == n[None, :]).to(tl.int32), 0))
-        count = tl.sum(present, 0)
-        tl.store(experts_ptr + piece * N + tl.cumsum(present, 0) - 1, n, mask=present > 0)
+        cuts = (total + size - 1) // size
+        last = tl.cumsum(cuts, 0)
+        here = (index >= last - cuts) & (index < last)
+        start = begin + (index - last + cuts) * size
+        tl.store(start_ptr + piece, tl.sum(tl.where(here, start, 0), 0))
+        tl.store(end_ptr + piece, tl.sum(tl.where(here, tl.minimum(start + size, begin + total), 0), 0))
+        tl.store(count_ptr + piece, K)
+        rank = tl.sum(tl.where(here, sets, 0), 0)
+        for i in tl.static_range(K):
+            # The largest expert first: the largest e with C(e, K - i) <= rank.
+            binomials = _binomial(n, K - i)
+            e = tl.sum(((binomials <= rank) & (n < N)).to(tl.int32), 0) - 1
+            rank -= tl.sum(tl.where(n == e, binomials, 0), 0)
+            tl.store(experts_ptr + piece * N + (K - 1 - i), e)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _cut_kernel(
+    ids, order, start_ptr, end_ptr, count_ptr, experts_ptr, T,
+    K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Tiles of sorted rows regardless of sets, with all experts that their rows selected, ascending."""
+    piece = tl.program_id(0)
+    start = piece * TILE
+    end = tl.minimum(start + TILE, T)
+    position = start + tl.arange(0, TILE)
+    live = position < end
+    t = tl.load(order + position, mask=live, other=0)
+    n = tl.arange(0, NP)
+    present = tl.zeros((NP,), tl.int32)
+    for k in tl.static_range(K):
+        e = tl.load(ids + t * K + k, mask=live, other=-1).to(tl.int32)
+        present = tl.maximum(present, tl.max((e[:, None] == n[None, :]).to(tl.int32), 0))
+    tl.store(experts_ptr + piece * N + tl.cumsum(present, 0) - 1, n, mask=present > 0)
     tl.store(start_ptr + piece, start)
     tl.store(end_ptr + piece, end)
-    tl.store(count_ptr + piece, count)
+    tl.store(count_ptr + piece, tl.sum(present, 0))
