@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 # The continued fraction gains digits fast; far more terms than double precision ever needs here.
 TERMS = 10_000
@@ -36,6 +37,7 @@ def t_two_sided(t: float, df: float) -> float:
     return 0.0 if math.isinf(t) else incomplete_beta(df / 2, 0.5, df / (df + t * t))
 
 
+@cache
 def t_quantile(probability: float, df: float) -> float:
     """Value that Student's T stays below with the given probability (0.5 to 1, exclusive)."""
     assert 0.5 <= probability < 1
@@ -49,6 +51,7 @@ def f_below(value: float, df1: float, df2: float) -> float:
     return incomplete_beta(df1 / 2, df2 / 2, df1 * value / (df1 * value + df2))
 
 
+@cache
 def f_quantile(probability: float, df1: float, df2: float) -> float:
     """Value that Fisher's F stays below with the given probability (0 to 1, exclusive)."""
     assert 0 < probability < 1

@@ -67,7 +67,9 @@ def _score_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> P
         )
         for column in scores.columns
     )
-    return Picture(f"scores{suffix}", "Scores", caption, alt, lambda: _draw_scores(numbers, scores, metric))
+    return Picture(
+        f"scores{suffix}", "Scores by seed", caption, alt, lambda: _draw_scores(numbers, scores, metric)
+    )
 
 
 def _draw_scores(numbers: StudyNumbers, scores: ModelScores, metric: str) -> Any:

@@ -36,6 +36,8 @@ TASKS = {
 }
 METRICS = {"acc_norm": "length-normalized accuracy", "acc": "accuracy", "loss": "loss"}
 AVERAGE = "average"
+# The studies that come with the package, in the order of a report.
+STUDIES = ("table1", "ablation", "sensitivity", "efficiency", "edges")
 
 
 def variant_label(variant: str) -> str:
@@ -91,6 +93,11 @@ def ordered_variants(variants: Iterable[str], reference: str | None) -> list[str
         return 1, known.index(family), natural(variant)
 
     return sorted(set(variants), key=place)
+
+
+def study_order(name: str) -> tuple[int, list[tuple[int, int, str]]]:
+    """Sort key of studies: the shipped ones first."""
+    return (STUDIES.index(name) if name in STUDIES else len(STUDIES)), natural(name)
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:

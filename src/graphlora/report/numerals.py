@@ -33,9 +33,9 @@ def interval(summary: Summary, signs: bool = False) -> str:
     return f"{low} to {high}"
 
 
-def p_text(p: float | None) -> str:
-    """A p value to three places."""
-    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+def p_text(p: float | None, digits: int = 3) -> str:
+    """A p value, to three places if not said otherwise."""
+    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.{digits}f}"
 
 
 def ratio_text(ratio: VarianceRatio | None) -> str:

@@ -30,6 +30,7 @@ caption, figcaption { text-align: left; color: var(--soft); font-size: .9rem; ma
 .caption { color: var(--soft); font-size: .9rem; margin: .25rem 0; max-width: 60rem; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
+tbody th { font-weight: 400; }
 .text { text-align: left; }
 tbody tr:hover { background: #f2f6fa; }
 figure { margin: .5rem 0 1.5rem; }
@@ -173,8 +174,10 @@ def _provenance(section: Section) -> str:
 
 
 def _links(section: Section) -> str:
-    inner = [(f"{section.name}-{table.name}", table.title) for table in section.tables]
+    first, *others = section.tables
+    inner = [(f"{section.name}-{first.name}", first.title)]
     inner += [(f"{section.name}-{picture.name}-figure", picture.title) for picture in section.pictures]
+    inner += [(f"{section.name}-{table.name}", table.title) for table in others]
     inner += [(f"{section.name}-missing", "What is missing"), (f"{section.name}-provenance", "Provenance")]
     items = "".join(f'<li><a href="#{_id(name)}">{_text(title)}</a></li>' for name, title in inner)
     return f'<li><a href="#{_id(section.name)}">{_text(section.name)}</a><ul>{items}</ul></li>'

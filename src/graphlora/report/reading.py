@@ -10,7 +10,7 @@ from typing import Any
 
 from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord
-from graphlora.report.names import natural
+from graphlora.report.names import study_order
 
 KIND, FAILURE = "study", "study-failure"
 BASE = "base"
@@ -132,7 +132,7 @@ def read_studies(
     if study is not None:
         return [_study(study, studies[study], include_dirty, all_commits)], broken
     usable, empty = [], []
-    for name in sorted(studies, key=natural):
+    for name in sorted(studies, key=study_order):
         try:
             usable.append(_study(name, studies[name], include_dirty, all_commits))
         except GraphLoraError as error:

@@ -143,9 +143,16 @@ def column_label(column: str) -> str:
 
 def _score_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, where: str) -> Table:
     rows, means = [], {}
+    sizes = {
+        variant: size
+        for variant in scores.trained
+        if (size := metric_mean(variant_runs(scores, variant), "num_trained")) is not None
+    }
     for index, variant in enumerate(scores.variants):
-        trained = metric_mean(variant_runs(scores, variant), "num_trained")
-        row = [variant_label(variant), NONE if trained is None else f"{trained / 1e6:.2f}"]
+        row = [variant_label(variant)]
+        if sizes:
+            size = sizes.get(variant)
+            row.append(NONE if size is None else f"{size / 1e6:.2f}")
         for column in scores.columns:
             cell = scores.cells.get((variant, column))
             if cell is None:
@@ -167,7 +174,11 @@ def _score_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, where:
         best_of((key for key in means if key[1] == column), key=lambda key: means[key])
         for column in {column for _, column in means}
     }
-    heads = ["method", "trained (M)", *(column_label(column) for column in scores.columns)]
+    heads = [
+        "method",
+        *(["trained (M)"] if sizes else []),
+        *(column_label(column) for column in scores.columns),
+    ]
     heads += ["mean std"] if len(scores.tasks) > 1 else []
     caption = (
         f"{_metric_text(numbers)}, mean ± standard deviation over {seeds_text(scores)}{where}. "
@@ -200,7 +211,7 @@ def _comparison_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, w
             ]
             if c := found.get((column, variant)):
                 row += [signed(c.difference.mean), interval(c.difference, signs=True), str(c.difference.n)]
-                row += [p_text(c.t_p), p_text(c.holm_p), p_text(c.flip_p)]
+                row += [p_text(c.t_p), p_text(c.holm_p), p_text(c.flip_p, digits=4)]
             else:
                 row += ["reference" if variant == numbers.reference else NONE] + [NONE] * 5
             rows.append(tuple(row))
@@ -208,9 +219,9 @@ def _comparison_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, w
     other = variant_label(numbers.reference) if numbers.reference else "a reference (none was named)"
     caption = (
         f"Each method with its 95% t interval over seeds{where}, and its difference to {other} in "
-        f"{difference_unit(numbers.metric)} over the seeds that both have (pairs), with the 95% t interval. p: paired t "
-        f"test; Holm: the same corrected for all {tests} tests of this study; flips: exact sign-flip permutation test, "
-        "which cannot fall below 2 / 2^pairs (0.0625 for five)."
+        f"{difference_unit(numbers.metric)} over the seeds that both have (pairs), with the 95% t interval. p: paired "
+        f"t test; Holm: the same corrected for all {tests} tests of this study; flips: exact sign-flip permutation "
+        "test, which cannot fall below 2 / 2^pairs (0.0625 for five)."
     )
     heads = ("task", "method", "n", "mean", "std", "95% interval", "difference", "95% interval", "pairs")
     heads += ("p", "Holm", "flips")
