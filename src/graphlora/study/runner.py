@@ -20,7 +20,7 @@ from graphlora.errors import GraphLoraError
 from graphlora.study.claims import claims_of
 from graphlora.study.plan import Run
 from graphlora.study.records import StudyFolder
-from graphlora.study.worker import BROKEN_DEVICE, Tell, stop_on_terminate, work
+from graphlora.study.worker import BROKEN_DEVICE, Tell, terminable, work
 
 # A run whose process dies this often is recorded as failed, so that the others get their turn.
 MOST_DEATHS = 2
@@ -83,12 +83,13 @@ def run_study(
     places = [place for place in (devices or visible_devices()) for _ in range(workers)]
     progress = Progress(runs, folder, tell)
     try:
-        if len(places) == 1:
-            os.environ["CUDA_VISIBLE_DEVICES"] = places[0]
-            stop_on_terminate()
-            work(runs, folder, progress)
-        else:
-            Pool(runs, folder, places, progress).run()
+        with terminable():
+            if len(places) > 1:
+                Pool(runs, folder, places, progress).run()
+            else:
+                if places[0]:
+                    os.environ["CUDA_VISIBLE_DEVICES"] = places[0]
+                work(runs, folder, progress)
     except KeyboardInterrupt as error:
         raise StudyInterrupted(
             f"stopped with {progress.ended} of {len(runs)} runs done; the same command goes on"
@@ -151,7 +152,6 @@ class Pool:
             GraphLoraError: Workers die before they have taken a run.
             KeyboardInterrupt: Ctrl-C or SIGTERM; all workers have ended.
         """
-        stop_on_terminate()
         try:
             for place in self._places[: max(1, self._missing())]:
                 self._start(place)

@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -83,13 +83,21 @@ def _do(run: Run, folder: StudyFolder, taken: Claim, workbench: object, tell: Te
     return True
 
 
-def stop_on_terminate() -> None:
-    """SIGTERM ends a worker as Ctrl-C does."""
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Work that SIGTERM ends as Ctrl-C does; outside of the main thread nothing changes."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def stop_with_parent() -> None:
@@ -106,7 +114,6 @@ def stop_with_parent() -> None:
 def main() -> int:
     """Read `{"runs": [...], "folder": ...}` from the first line of standard input and work."""
     values = json.loads(sys.stdin.readline())
-    stop_on_terminate()
     stop_with_parent()
     warnings.filterwarnings("ignore", category=FutureWarning)
     runs = [Run(**options) for options in values["runs"]]
@@ -116,7 +123,8 @@ def main() -> int:
         sys.stdout.flush()
 
     try:
-        works = work(runs, StudyFolder(Path(values["folder"])), tell)
+        with terminable():
+            works = work(runs, StudyFolder(Path(values["folder"])), tell)
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0 if works else BROKEN_DEVICE
