@@ -23,7 +23,8 @@ def recipe(kernel: str) -> Recipe:
 
 @needs_liger
 @pytest.mark.parametrize("kernel", ["auto", "liger"])
-def test_the_fused_loss_alone_is_switched_on(kernel):
+def test_the_fused_loss_alone_is_switched_on(kernel, monkeypatch):
+    monkeypatch.setattr(loss_kernel, "AUTO_TAKES_LIGER", True)
     options = liger_options(recipe(kernel), "llama", GPU, "eager")
     assert {name for name, on in options.items() if on} == {FUSED_LOSS}
     assert {"rope", "rms_norm", "swiglu", "cross_entropy"} <= set(options)
@@ -52,8 +53,13 @@ def test_without_the_package(monkeypatch):
         liger_options(recipe("liger"), "llama", GPU, "eager")
 
 
-def test_none_means_none():
+def test_none_means_none(monkeypatch):
+    monkeypatch.setattr(loss_kernel, "AUTO_TAKES_LIGER", True)
     assert liger_options(recipe("none"), "llama", GPU, "eager") is None
+
+
+def test_auto_waits_for_a_measurement():
+    assert liger_options(recipe("auto"), "llama", GPU, "eager") is None
 
 
 EQUALITY = """

@@ -11,6 +11,8 @@ from graphlora.errors import GraphLoraError
 from graphlora.training.recipe import Recipe
 from graphlora.training.step_mode import StepMode
 
+# The fused loss was compared in an interpreter alone: until it has run beside the adapter on a GPU, `auto` leaves it.
+AUTO_TAKES_LIGER = False
 FUSED_LOSS = "fused_linear_cross_entropy"
 
 
@@ -31,7 +33,7 @@ def liger_options(
     Raises:
         GraphLoraError: The recipe wants Liger where it cannot be.
     """
-    if recipe.loss_kernel == "none":
+    if recipe.loss_kernel == "none" or (recipe.loss_kernel == "auto" and not AUTO_TAKES_LIGER):
         return None
     reason = _why_not(device, step_mode)
     options = None if reason is not None else _options(model_type)

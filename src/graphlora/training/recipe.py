@@ -136,14 +136,13 @@ class Recipe:
     step_mode: Literal["auto", "eager", "compile", "graph"] = option(
         "training",
         "how a step runs: eager, kernel by kernel; graph, recorded once per shape as a CUDA graph, which makes "
-        "small models and short rows several times faster; compile, by torch.compile; auto: graph where launches "
-        "would take the time, else eager",
+        "small models and short rows faster; compile, by torch.compile; auto: eager",
         "auto",
     )
     loss_kernel: Literal["auto", "liger", "none"] = option(
         "training",
         "liger: a loss that never holds all logits, from the package liger-kernel (GPU); none: logits at the "
-        "answers' positions; auto: liger where it is installed and the step is eager, on a GPU",
+        "answers' positions; auto: none",
         "auto",
     )
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = option(
