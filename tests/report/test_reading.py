@@ -104,7 +104,7 @@ def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(GraphLoraError, match="there is no folder"):
         read_studies(tmp_path / "nowhere")
     with pytest.raises(
-        GraphLoraError, match="no records of a study in .*; make some with: graphlora study run"
+        GraphLoraError, match=r"no records of a study in .*; make some with: graphlora study run"
     ):
         read_studies(tmp_path)
     write_records([study_record("lora", "quiz", 0, 50, dirty=True)], tmp_path)
@@ -112,5 +112,5 @@ def test_mistakes_are_one_line(tmp_path):
         GraphLoraError, match="all 1 records of table1 come from a tree with uncommitted changes"
     ):
         read_studies(tmp_path)
-    with pytest.raises(GraphLoraError, match="no study 'ablation' in .*; there are: table1"):
+    with pytest.raises(GraphLoraError, match=r"no study 'ablation' in .*; there are: table1"):
         read_studies(tmp_path, study="ablation")

@@ -127,8 +127,8 @@ def _curve(draw, score):
 
 def _routing(draw, imbalance):
     blocks = {}
-    for layer in range(30):
-        cv = abs(imbalance * (0.6 + 0.02 * layer) + draw.gauss(0, 0.1 * imbalance))
+    for layer in range(12):
+        cv = abs(imbalance * (0.6 + 0.05 * layer) + draw.gauss(0, 0.1 * imbalance))
         loads = [max(0.0, (1 + cv * draw.gauss(0, 1)) / 8) for _ in range(8)]
         blocks[f"model.layers.{layer}.mlp"] = {
             "expert_load": [load / sum(loads) for load in loads],

@@ -111,11 +111,11 @@ def _draw(
             own, 0, "o", color=BLUE, markerfacecolor="white", markersize=13, markeredgewidth=2.4, zorder=5
         )
         words = any(not value.replace(".", "").isdigit() for value, _ in panel.points)
-        # Words on two levels, so that neighbors have room.
-        ticks = [
-            ("\n" if words and place % 2 else "") + value for place, (value, _) in enumerate(panel.points)
-        ]
+        ticks = [value for value, _ in panel.points]
         axes.set_xticks(range(len(ticks)), ticks, rotation=0 if words or len(ticks) <= 8 else 60)
+        if words:  # on two levels, so that neighbors have room
+            for tick in axes.xaxis.get_major_ticks()[1::2]:
+                tick.set_pad(4 + 1.3 * FONT)
         axes.set_xlim(-0.5, len(panel.points) - 0.5)
         axes.set_title(panel.label, fontsize=FONT)
         axes.grid(axis="y", color="#e5e5e5")
