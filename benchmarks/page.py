@@ -43,6 +43,12 @@ TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "others": others_table,
 }
 
+PICTURES = {
+    "targets": ("targets.png", "Measured value of every target relative to what it must reach"),
+    "steps": ("step_time.png", "Step time of every candidate relative to the frozen model"),
+    "matrix": ("ffn_matrix.png", "Time of the adapted FFN relative to the frozen one over tokens, rank and skew"),
+}
+
 
 def draw_figures(measurements: Sequence[Measurement], folder: Path) -> list[Path]:
     """Draws the pictures for which there are data; returns their files."""
@@ -76,7 +82,9 @@ def update_page(measurements: Sequence[Measurement], page: Path) -> str:
     """
     text = page.read_text(encoding="utf-8")
     for name, make in TABLES.items():
-        block = f"<!-- begin {name} -->\n{make(measurements)}\n<!-- end {name} -->"
+        parts = [_picture(name, page.parent), make(measurements)]
+        content = "\n\n".join(part for part in parts if part) or "Not measured yet."
+        block = f"<!-- begin {name} -->\n{content}\n<!-- end {name} -->"
         pattern = rf"<!-- begin {name} -->.*?<!-- end {name} -->"
         text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
         if count != 1:
@@ -85,6 +93,12 @@ def update_page(measurements: Sequence[Measurement], page: Path) -> str:
     text = re.sub(r"<!-- begin source -->.*?<!-- end source -->", lambda _: sources, text, flags=re.DOTALL)
     write_text(page, text)
     return f"{page}: {len(measurements)} measurements"
+
+
+def _picture(name: str, folder: Path) -> str:
+    """The block's picture in Markdown, where there are data for one."""
+    file, alternative = PICTURES.get(name, ("", ""))
+    return f"![{alternative}](images/{file})" if file and (folder / "images" / file).is_file() else ""
 
 
 def _sources(measurements: Sequence[Measurement]) -> str:
