@@ -41,7 +41,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("study", type=str, help="YAML file, or the name of a shipped study")
     changes = parser.add_argument_group("In place of the study's own")
-    names = {"type": list[str] | None, "nargs": "+", "default": None}
+    names = {"type": str, "nargs": "+", "default": None}
     changes.add_argument("--model", **names, help="base models: hub ids, directories, or NAME=DIRECTORY")
     changes.add_argument("--task", **names, help="tasks or data files")
     changes.add_argument("--data_dir", type=str | None, default=None, help="folder with the tasks' files")

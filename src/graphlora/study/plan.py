@@ -10,7 +10,7 @@ from typing import Any, Literal
 from graphlora.errors import GraphLoraError
 from graphlora.records import config_hash
 from graphlora.study.presets import preset_values
-from graphlora.study.spec import BASE, StudyModel, StudySpec, StudyTask, Variant
+from graphlora.study.spec import BASE, StudyModel, StudySpec, StudyTask, Variant, data_name
 from graphlora.tasks import load_examples, load_mixture
 from graphlora.training.recipe import Recipe
 
@@ -63,7 +63,7 @@ class Run:
     def parts(self) -> dict[str, str]:
         """Name and data of what is scored: the task, or each part of a mixture."""
         data = self.options["task"]
-        return {name: name for name in data} if isinstance(data, dict) else {self.task: data}
+        return {data_name(part): part for part in data} if isinstance(data, dict) else {self.task: data}
 
     def recipe(self, output_dir: str | Path = NOWHERE) -> Recipe:
         """Recipe of the run; a rank that is still to be matched is the variant's own.
@@ -186,7 +186,9 @@ def _run(
         "options": _resolved(given),
         "match": None if match is None else _resolved(match),
         "evaluate": [spec.evaluate, spec.metric, spec.test_limit],
-        "parts": sorted(task.task.items()) if isinstance(task.task, dict) else None,
+        "parts": {data_name(part): weight for part, weight in task.task.items()}
+        if isinstance(task.task, dict)
+        else None,
     }
     return Run(
         run_id=config_hash(decides),

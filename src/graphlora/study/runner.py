@@ -142,6 +142,7 @@ class Pool:
     def __init__(self, runs: Sequence[Run], folder: StudyFolder, places: Sequence[str], tell: Tell) -> None:
         self._runs, self._folder, self._places, self._tell = runs, folder, list(places), tell
         self._deaths: Counter[str] = Counter()
+        self._idle_deaths = 0
         self._workers: list[_Worker] = []
         self._lines: queue.Queue[str] = queue.Queue()
 
@@ -149,7 +150,7 @@ class Pool:
         """Work until nothing is missing.
 
         Raises:
-            GraphLoraError: Workers die before they have taken a run.
+            GraphLoraError: Workers die, and not in their runs.
             KeyboardInterrupt: Ctrl-C or SIGTERM; all workers have ended.
         """
         try:
@@ -222,8 +223,10 @@ class Pool:
             if run_id in by_id and self._deaths[run_id] >= MOST_DEATHS:
                 self._folder.fail(by_id[run_id], cause)
                 self._tell(f"failed {by_id[run_id].title}: {cause}")
-        if not held and code != BROKEN_DEVICE:
-            raise GraphLoraError(f"a worker could not start; {cause} (whole output: {worker.log})")
+        # A worker may lose its claim to another one between its end and this look at it.
+        self._idle_deaths += 0 if held or code == BROKEN_DEVICE else 1
+        if self._idle_deaths > MOST_DEATHS:
+            raise GraphLoraError(f"workers cannot start; {cause} (whole output: {worker.log})")
         if self._missing():
             self._start(worker.place)
 

@@ -182,6 +182,11 @@ def read_spec(values: dict[str, Any], lines: Lines | None = None, only: tuple[st
     )
 
 
+def data_name(task: str) -> str:
+    """Name of a task or a data file in the records: a file's without its folder and endings."""
+    return Path(task).name.partition(".")[0]
+
+
 def _models(values: Any, lines: Lines) -> tuple[StudyModel, ...]:
     found = []
     for position, value in enumerate(_listed(values, ("models",), lines)):
@@ -220,7 +225,9 @@ def _tasks(values: Any, lines: Lines) -> tuple[StudyTask, ...]:
             raise lines.error(
                 place, "a mixture needs a name of its own: {name: ..., task: {arc_easy: 1, boolq: 1}}"
             )
-        name = str(entry.get("name") or Path(str(task)).name.partition(".")[0])
+        if isinstance(task, dict):
+            _unique([data_name(str(part)) for part in task], ("tasks", position), lines)
+        name = str(entry.get("name") or data_name(str(task)))
         policy = _options(entry.get("policy"), (*place, "policy"), lines, "policy")
         found.append(StudyTask(name, task, policy))
     _unique([task.name for task in found], ("tasks",), lines)

@@ -1,0 +1,96 @@
+"""A study killed at random points and started again leaves the records of an undisturbed one: real SIGKILLs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from graphlora.records import RunRecord
+
+SCRIPT = Path(__file__).parents[1] / "support" / "killed_study.py"
+COMMAND = [sys.executable, "-W", "ignore", "-m", "graphlora.cli", "study", "run"]
+TIMES = {"step_time", "tokens_per_second", "train_seconds"}
+
+
+def records(folder: Path) -> dict[str, dict]:
+    """Records without time, memory and host."""
+    found = {}
+    for path in folder.glob("*.json"):
+        values = json.loads(RunRecord.read(path).to_json())
+        for name in ("created", "wall_time", "peak_memory", "provenance"):
+            values.pop(name)
+        values["metrics"] = {name: value for name, value in values["metrics"].items() if name not in TIMES}
+        found[path.name] = values
+    return found
+
+
+@pytest.fixture
+def long_study(study_values, tmp_path) -> Path:
+    """As many steps as make a run last about a second, so that kills fall into it."""
+    policy = {**study_values["policy"], "max_steps": 24, "eval_steps": 4, "logging_steps": 2}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**study_values, "policy": policy}, sort_keys=False))
+    return path
+
+
+def test_ten_kills_leave_the_same_records(long_study, tmp_path):
+    calls = [(tmp_path / "undisturbed", 0), (tmp_path / "killed", 10)]
+    told = ""
+    for results, kills in calls:
+        words = [sys.executable, "-W", "ignore", str(SCRIPT), str(long_study), str(results), str(kills), "7"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        told = done.stdout
+    undisturbed, killed = (records(results / "tiny") for results, _ in calls)
+    assert len(undisturbed) == 5
+    assert killed == undisturbed
+    assert told.count("killed") >= 3, told
+    assert not list((tmp_path / "killed" / "tiny" / "claims").iterdir())
+    assert not list((tmp_path / "killed" / "tiny" / ".work").iterdir())
+
+
+def wait_for_claim(folder: Path, process: subprocess.Popen) -> int:
+    """Process id of the first claim."""
+    while True:
+        assert process.poll() is None, process.communicate()
+        for path in folder.glob("claims/*.claim.*"):
+            text = path.read_text() if path.exists() else ""
+            if text.endswith("\n"):
+                return json.loads(text)["pid"]
+        time.sleep(0.05)
+
+
+def start(study: Path, results: Path, *words: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*COMMAND, str(study), "--output", str(results), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_worker_that_dies_is_replaced_and_ctrl_c_stops_all(long_study, tmp_path):
+    folder = tmp_path / "r" / "tiny"
+    process = start(long_study, tmp_path / "r", "--workers", 2)
+    os.kill(wait_for_claim(folder, process), signal.SIGKILL)
+    while not list(folder.glob("*.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert re.search(r"stopped with \d of 5 runs done; the same command goes on", error)
+    assert not list(folder.glob("claims/*.claim.*")), out
+    process = start(long_study, tmp_path / "r", "--workers", 2)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "all 5 runs are done" in out
+    assert len(list(folder.glob("*.json"))) == 5
