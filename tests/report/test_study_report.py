@@ -11,11 +11,11 @@ import pytest
 from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
-from study_records import BASES, METHODS, study_record, sweep_records, table_records, write_records
+from study_records import METHODS, study_record, sweep_records, table_records, write_records
 
 from graphlora.errors import GraphLoraError
 from graphlora.report.aggregate import aggregate
-from graphlora.report.figures_cost import side_by_side
+from graphlora.report.figures_cost import side_by_side, size_families
 from graphlora.report.figures_curves import curve_band
 from graphlora.report.inference import VarianceRatio
 from graphlora.report.numerals import p_text, ratio_text, signed
@@ -173,7 +173,9 @@ def _overlaps(figure):
 def test_no_text_lies_on_another(tmp_path):
     many = METHODS | {f"mixlora_wide_{n}": (15 + n, 1, 3.0 * n, 0.5) for n in range(1, 5)}
     for name, records in {
-        "many": table_records(methods=many, tasks=BASES | {"arc_challenge": 25}, seeds=[0, 1]),
+        "many": table_records(
+            methods=many, tasks={"arc_challenge": 25, "boolq_no_passage": 41}, seeds=[0, 1]
+        ),
         "sweep": sweep_records(seeds=[0, 1]),
         "one": table_records(seeds=[0], tasks={"quiz": 40}),
     }.items():
@@ -190,6 +192,11 @@ def test_marks_of_equal_cost_stand_side_by_side():
     assert sum(places[i] for i in (0, 2, 3)) / 3 == pytest.approx(10)
     assert side_by_side([1.0, 10.0, 100.0], log=True) == pytest.approx([1, 10, 100])
     assert len(set(side_by_side([3.0, 3.0]))) == 2
+
+
+def test_one_method_at_several_ranks_is_a_family():
+    names = ["lora_r8", "lora_r64", "mola_r2", "graphlora", "graphlora_r2", "graphlora_no_graph"]
+    assert size_families(names) == [["lora_r8", "lora_r64"], ["graphlora_r2", "graphlora"]]
 
 
 def test_no_two_methods_look_alike_without_color():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from graphlora.report.aggregate import ModelScores, StudyNumbers, metric_mean, variant_runs
 from graphlora.report.names import AVERAGE, metric_label, variant_label
-from graphlora.report.plotting import BARS, FONT, ONE_SEED, Picture, legend, panels, styles
+from graphlora.report.plotting import BARS, FONT, GRAY, ONE_SEED, Picture, legend, panels, styles
 from graphlora.report.tables import column_label, seeds_text
 
 # Distance of marks side by side, as a share of the values' range.
@@ -47,6 +48,8 @@ def cost_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pic
         "Marks of almost the same cost stand side by side. "
         f"{BARS if several else ONE_SEED}."
     )
+    if size_families([variant for variant, _ in _points(scores, axes_of[0][0])]):
+        caption += " Thin lines join one method at several ranks."
     if left_out:
         caption += f" Without a score on every task, so not shown: {', '.join(map(variant_label, left_out))}."
     alt = "Accuracy against cost: " + "; ".join(
@@ -80,8 +83,10 @@ def _draw(numbers: StudyNumbers, scores: ModelScores, axes_of: Sequence[tuple[st
         points = _points(scores, name)
         values = [value for _, value in points]
         log = max(values) > 3 * min(values)
+        marks: dict[str, tuple[float, float]] = {}
         for (variant, _), place in zip(points, side_by_side(values, log), strict=True):
             style, s = look[variant], scores.cells[variant, scores.overall].summary
+            marks[variant] = (place, s.mean)
             handles[variant] = axes.errorbar(
                 place,
                 s.mean,
@@ -92,6 +97,9 @@ def _draw(numbers: StudyNumbers, scores: ModelScores, axes_of: Sequence[tuple[st
                 linewidth=1.6,
                 markeredgecolor="white",
             )
+        for variants in size_families([variant for variant, _ in points]):
+            line = sorted(marks[variant] for variant in variants)
+            axes.plot(*zip(*line, strict=True), color=GRAY, linewidth=1.2, zorder=1)
         _cost_axis(axes, name, log)
         axes.set_xlabel(label, fontsize=FONT)
         axes.grid(color="#e5e5e5")
@@ -99,6 +107,16 @@ def _draw(numbers: StudyNumbers, scores: ModelScores, axes_of: Sequence[tuple[st
     shown = [variant for variant in scores.trained if variant in handles]
     legend(figure, [handles[variant] for variant in shown], [variant_label(variant) for variant in shown])
     return figure
+
+
+def size_families(variants: Sequence[str]) -> list[list[str]]:
+    """Variants that are one method at several ranks: `mixlora_r2` and `mixlora_r8`, and `mixlora` itself."""
+    families: dict[str, list[str]] = {}
+    for variant in variants:
+        if found := re.fullmatch(r"(.+)_r\d+", variant):
+            families.setdefault(found.group(1), []).append(variant)
+    whole = [[*found, *([name] if name in variants else [])] for name, found in families.items()]
+    return [family for family in whole if len(family) > 1]
 
 
 def side_by_side(values: Sequence[float], log: bool = False) -> list[float]:

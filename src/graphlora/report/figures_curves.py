@@ -48,8 +48,9 @@ def curve_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
             if several
             else "One seed each, so no bands. "
         )
-        + "A method that learns faster is lower in loss and higher in validation at the same step; loss is of the "
-        "language model, on the rows of a method's own batches."
+        + "A method that learns faster is lower in loss and higher in validation at the same step. Training loss holds "
+        "a method's auxiliary losses, so that its level compares only methods with the same ones; validation compares "
+        "all."
     )
     alt = "Last point of each curve: " + "; ".join(
         f"{ROWS[row][1]} of {variant_label(variant)} on {column_label(task)} {band[-1][1]:.2f}"

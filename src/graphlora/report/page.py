@@ -30,7 +30,7 @@ caption, figcaption { text-align: left; color: var(--soft); font-size: .9rem; ma
 .caption { color: var(--soft); font-size: .9rem; margin: .25rem 0; max-width: 60rem; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
-tbody th { font-weight: 400; }
+tbody th { font-weight: 400; position: sticky; left: 0; background: #fff; }
 .text { text-align: left; }
 tbody tr:hover { background: #f2f6fa; }
 figure { margin: .5rem 0 1.5rem; }
@@ -40,7 +40,7 @@ figure img { display: block; width: 100%; height: auto; min-width: 36rem; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; } nav, .skip { display: none; }
   figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } .scroll { overflow: visible; }
-  table { font-size: 7.5pt; } th, td { padding: .1rem .35rem; } figure img { min-width: 0; }
+  table { font-size: 7.5pt; } th, td { padding: .1rem .35rem; } figure img { min-width: 0; width: auto; max-width: 100%; max-height: 11cm; }
   a { color: inherit; text-decoration: none; }
 }
 """
