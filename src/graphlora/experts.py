@@ -18,11 +18,14 @@ class LoraExperts(nn.Module):
         in_features: input size of the projection.
         out_features: output size of the projection.
         r: rank.
+        shared_A: all experts share one A, so that `lora_A` is `[1, r, in]` (HydraLoRA, arXiv 2404.19245).
     """
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, r: int) -> None:
+    def __init__(
+        self, num_experts: int, in_features: int, out_features: int, r: int, shared_A: bool = False
+    ) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(num_experts, r, in_features))
+        self.lora_A = nn.Parameter(torch.empty(1 if shared_A else num_experts, r, in_features))
         self.lora_B = nn.Parameter(torch.zeros(num_experts, out_features, r))
         bound = math.sqrt(6 / ((1 + 5) * in_features))
         nn.init.uniform_(self.lora_A, -bound, bound)
@@ -37,7 +40,7 @@ def mixed_lora_delta(x: Tensor, lora_A: Tensor, lora_B: Tensor, mixing: Tensor, 
 
     Args:
         x: `[tokens, in]`.
-        lora_A: `[num_experts, r, in]`.
+        lora_A: `[num_experts, r, in]`, or `[1, r, in]` for one A that all experts share.
         lora_B: `[num_experts, out, r]`.
         mixing: routing weights, zero for experts not selected, `[tokens, num_experts]`.
         scaling: s = lora_alpha / r.
@@ -45,16 +48,16 @@ def mixed_lora_delta(x: Tensor, lora_A: Tensor, lora_B: Tensor, mixing: Tensor, 
     Returns:
         `[tokens, out]`.
     """
-    r = lora_A.shape[1]
-    low = x @ lora_A.flatten(0, 1).T
-    low = low * (scaling * mixing).to(low.dtype).repeat_interleave(r, dim=1)
-    return low @ lora_B.transpose(1, 2).flatten(0, 1)
+    low = (x @ lora_A.flatten(0, 1).T).unflatten(1, lora_A.shape[:2])
+    low = low * (scaling * mixing).to(low.dtype)[:, :, None]
+    return low.flatten(1) @ lora_B.transpose(1, 2).flatten(0, 1)
 
 
 def lora_delta_loop(x: Tensor, lora_A: Tensor, lora_B: Tensor, mixing: Tensor, scaling: float) -> Tensor:
     """Same function as `mixed_lora_delta`, one expert after the other."""
     delta = x.new_zeros(len(x), lora_B.shape[1])
-    for A, B, weight in zip(lora_A, lora_B, mixing.unbind(dim=1), strict=True):
+    own_A = lora_A.expand(len(lora_B), *lora_A.shape[1:])
+    for A, B, weight in zip(own_A, lora_B, mixing.unbind(dim=1), strict=True):
         delta = delta + (scaling * weight)[:, None].to(x.dtype) * ((x @ A.T) @ B.T)
     return delta
 

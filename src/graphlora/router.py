@@ -28,6 +28,8 @@ _CALIBRATION_TOKENS = 512
 # Optimizer steps that the running mean of the logits looks back on. A longer memory lags behind a router that Adam
 # moves fast, and lets experts die (docs/deviations.md has the measurement).
 _MEAN_HORIZON = 3
+# Standard deviation of a linear router's weights with `init="normal"`, as MixLoRA and most mixtures start.
+_NORMAL_INIT = 0.02
 
 
 class _OptimizerSteps:
@@ -146,7 +148,12 @@ class CenteredRouter(Float32State, ABC):
                     return fused
             logits = self.raw_logits(x, backend)
             logits = logits - self.logit_offset if self.centering else logits
-            return logits if selection is None else select_experts(logits, *selection)
+            return logits if selection is None else self.select(x, logits, *selection)
+
+    def select(self, x: Tensor, router_logits: Tensor, top_k: int, norm_topk_prob: bool) -> Routing:
+        """From the logits of tokens `x` to their experts; `graphlora.gates` has routers with other gates."""
+        del x
+        return select_experts(router_logits, top_k, norm_topk_prob)
 
     def route(self, x: Tensor, backend: str, top_k: int, norm_topk_prob: bool = True) -> Routing:
         """The experts of each token.
@@ -227,7 +234,7 @@ def begin_updates(routers: Iterable[CenteredRouter]) -> None:
 
 
 class LinearRouter(CenteredRouter):
-    """`logits = W x`, the ablation without a graph and the router of the baselines.
+    """`logits = W x` (+ b), the ablation without a graph and the router of the baselines.
 
     Args:
         hidden_size: d.
@@ -236,6 +243,8 @@ class LinearRouter(CenteredRouter):
         centering: see `CenteredRouter`.
         seed: seed of the calibration tokens.
         spread: standard deviation of the centered logits at initialization.
+        bias: add a trained bias per expert, which starts at zero.
+        init: `"kaiming"` (uniform, a = sqrt 5) or `"normal"` (standard deviation 0.02).
     """
 
     def __init__(
@@ -247,18 +256,25 @@ class LinearRouter(CenteredRouter):
         centering: bool,
         seed: int,
         spread: float,
+        bias: bool = False,
+        init: str = "kaiming",
     ) -> None:
         super().__init__(num_experts, centering)
         self.input_norm = input_norm
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if init == "normal":
+            nn.init.normal_(self.weight, std=_NORMAL_INIT)
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
         self.calibrate(hidden_size, seed, spread)
 
     def raw_logits(self, x: Tensor, backend: str) -> Tensor:
         """See `CenteredRouter.raw_logits`."""
         del backend
         x = rms_normalize(x) if self.input_norm else x.float()
-        return x @ self.weight.float().T
+        logits = x @ self.weight.float().T
+        return logits if self.bias is None else logits + self.bias.float()
 
     def _scale_output(self, scale: Tensor) -> None:
         self.weight.mul_(scale)

@@ -18,24 +18,27 @@ from graphlora.losses import (
     normal_balance,
     poisson_distinction,
     poisson_target,
-    switch_balance,
 )
 from graphlora.ops.backend import resolve_backend
 from graphlora.router import GraphRouter, Routing
+from graphlora.tuner.balance import Entry, balance_losses
 from graphlora.tuner.masks import warn_once
 from graphlora.tuner.record import RoutingRecord
 
 if TYPE_CHECKING:
     from graphlora.tuner.config import GraphLoraConfig
-    from graphlora.tuner.layer import GraphLoraLayer
+    from graphlora.tuner.tuner_layer import RoutedLayer
 
-Entry = tuple["GraphLoraLayer", Routing, "Tensor | None"]
 _Sums = tuple[Tensor, list[Tensor], list[Tensor]]
 _KERNEL_EXPERTS = 64
 
 
 def auxiliary_loss(
-    record: RoutingRecord, masks: dict[str, Tensor | None], adapter_name: str, config: GraphLoraConfig
+    record: RoutingRecord,
+    masks: dict[str, Tensor | None],
+    adapter_name: str,
+    config: GraphLoraConfig,
+    num_samples: int = 1,
 ) -> Tensor:
     """Weighted sum of the auxiliary losses of one forward; in a training forward, also takes the loads in.
 
@@ -44,10 +47,11 @@ def auxiliary_loss(
         masks: flags of the tokens that count, by side (`graphlora.tuner.masks`).
         adapter_name: the active adapter.
         config: its configuration.
+        num_samples: rows of the batch.
 
     Returns:
         Scalar, float32, on the device of the first block: `router_poisson_loss_coef * poisson +
-        router_normal_loss_coef * normal` (+ the Switch form, + the penalty of learned edges), each a mean over blocks.
+        router_normal_loss_coef * normal` (+ `balance_losses`, + the penalty of learned edges), each a mean over blocks.
         Zero where blocks are offloaded, in evaluation.
 
     Raises:
@@ -77,9 +81,7 @@ def auxiliary_loss(
         total = total + config.router_normal_loss_coef * _normal(
             entries, windowed, adapter_name, config, device
         )
-    if config.router_aux_loss_coef:
-        switch = [switch_balance(r.router_probs, r.top_k_index, mask).to(device) for _, r, mask in entries]
-        total = total + config.router_aux_loss_coef * torch.stack(switch).mean()
+    total = total + balance_losses(list(_groups(entries).values()), config, num_samples, device)
     penalties = [p for p in (_edge_penalty(layer, adapter_name) for layer, _, _ in entries) if p is not None]
     if penalties and config.edge_density_loss_coef:
         penalty = torch.stack([p.to(device) for p in penalties]).mean()
@@ -102,7 +104,7 @@ def _is_offloaded(record: RoutingRecord, adapter_name: str) -> bool:
     return bool(offloaded)
 
 
-def _mask_for(layer: GraphLoraLayer, routing: Routing, masks: dict[str, Tensor | None]) -> Tensor | None:
+def _mask_for(layer: RoutedLayer, routing: Routing, masks: dict[str, Tensor | None]) -> Tensor | None:
     mask = masks[layer.side]
     tokens = len(routing.router_logits)
     if mask is None:
@@ -145,7 +147,10 @@ def _fused_sums(
             [layer.coordination(adapter_name).poisson_rate.to(device) for layer, _, _ in group]
         )
         target = poisson_target(rates, group[0][1].router_probs.shape[1])
-        columns = zip(*(vars(routing).values() for _, routing, _ in group), strict=True)
+        columns = zip(
+            *((r.router_logits, r.router_probs, r.top_k_weights, r.top_k_index) for _, r, _ in group),
+            strict=True,
+        )
         logits, probs, weights, index = (torch.stack([t.to(device) for t in column]) for column in columns)
         mask = group[0][2]
         sums = routing_sums_triton(
@@ -248,7 +253,7 @@ def _sum_over_ranks(
     return result
 
 
-def _edge_penalty(layer: GraphLoraLayer, adapter_name: str) -> Tensor | None:
+def _edge_penalty(layer: RoutedLayer, adapter_name: str) -> Tensor | None:
     router = layer.router(adapter_name)
     if not isinstance(router, GraphRouter) or router.edge_logits is None:
         return None

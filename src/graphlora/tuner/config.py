@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,7 @@ from graphlora.ops.backend import BACKENDS
 from graphlora.tuner.presets import PRESETS
 from graphlora.tuner.register import graphlora_peft_type
 
+BALANCE_FORMS = ("switch", "switch_all_layers", "mola", "ld_mole", "loramoe", "loramoe_paper", "dynmole")
 # An untrusted adapter_config.json must not be able to ask for terabytes.
 MAX_EXPERTS, MAX_RANK, MAX_ROUTER_WIDTH, MAX_ROUTER_LAYERS = 1024, 4096, 16384, 16
 
@@ -23,14 +25,18 @@ FROM_PRESET: Any = None
 _CHOICES: dict[str, tuple[str, ...]] = {
     "expert_granularity": ("ffn", "linear"),
     "router_type": ("graph", "linear"),
+    "router_scope": ("block", "projection"),
+    "router_gate": ("top_k", "dense", "top_p", "sparsegen"),
+    "router_init": ("kaiming", "normal"),
     "router_conv": ("gcn", "sage", "gat"),
     "expert_features": ("embedding", "projected"),
     "router_self_term": ("none", "residual", "weight"),
     "divergence": ("kl", "abs_log_ratio"),
-    "poisson_rate_form": ("smooth", "clamp"),
+    "poisson_rate_form": ("smooth", "clamp", "fixed"),
     "normal_scale_form": ("bounded", "free", "fixed"),
     "normal_target": ("per_layer", "all_layers"),
     "load_window": ("cumulative", "ema", "batch"),
+    "router_aux_loss_form": BALANCE_FORMS,
     "backend": BACKENDS,
 }
 _EDGE_INITS = ("random", "similarity", "ring", "complete", "none", "learned")
@@ -44,8 +50,9 @@ class GraphLoraConfig(PeftConfig):
     construction every such field holds its resolved value, which is what is saved.
 
     Args:
-        preset: `"graphlora"` (the method with its known flaws mended), `"paper"` (the equations as printed) or
-            `"released"` (the authors' code).
+        preset: `"graphlora"` (the method with its known flaws mended), `"paper"` (the equations as printed),
+            `"released"` (the authors' code), or another method: `"mixlora"`, `"loramoe"`, `"ming_moe"`, `"mola"`,
+            `"hydralora"`, `"dynmole"`, `"ld_mole"`.
         num_experts: N, LoRA experts per FFN block.
         top_k: K, experts that adapt each token.
         r: rank of each expert and of the attention LoRA.
@@ -60,15 +67,30 @@ class GraphLoraConfig(PeftConfig):
         layers_to_transform: indices of the layers to adapt; None adapts all.
         layers_pattern: name of the list of layers, where it cannot be told from the module names.
         modules_to_save: other modules to train and save whole, e.g. a classification head.
+        num_experts_by_layer: N by depth: the counts are spread evenly over the layers, low to high, e.g. `[2, 4, 6, 8]`
+            gives the lowest quarter of the layers two experts. From a preset it holds unless `num_experts` is given.
         num_experts_pattern: other N for blocks whose name matches a key (a suffix or a regular expression).
         rank_pattern: other r, likewise.
         alpha_pattern: other lora_alpha, likewise.
         expert_granularity: `"ffn"`: an expert is the whole block with its own deltas (eqs. 1, 2, 5); `"linear"`:
             experts are mixed at each projection (eq. 3 as printed).
+        attention_experts: adapt the attention projections with routers and experts too, instead of plain LoRA; only
+            with `router_scope="projection"`.
+        shared_lora_A: all experts of a projection share one A (HydraLoRA); only with `router_scope="projection"`.
         norm_topk_prob: renormalize the selected probabilities to sum to 1; `"ffn"` granularity requires it.
         router_type: `"graph"` (section 4.1) or `"linear"` (the ablation without a graph).
+        router_scope: one router for each FFN `"block"`, or for each `"projection"` of it, which then sees that
+            projection's input; the latter only with a linear router and `"linear"` granularity.
+        router_gate: how logits select experts: `"top_k"`; `"dense"` (all, LoRAMoE and HydraLoRA); `"top_p"` (as many as
+            have mass p, DynMoLE); `"sparsegen"` (LD-MoLE). All but the first only with a linear router and `"linear"`
+            granularity.
+        router_top_p: p of the `"top_p"` gate, which selects at least `top_k` experts.
+        router_entropy_index: q of the Tsallis entropy, in the `"top_p"` gate and in its loss.
+        router_entropy_threshold: the entropy over which the `"top_p"` gate selects all experts.
+        router_bias: give the linear router a bias per expert.
+        router_init: weights of the linear router: `"kaiming"` uniform or `"normal"` with standard deviation 0.02.
         router_num_layers: L, graph convolution layers.
-        router_hidden_size: g, width of the graph router.
+        router_hidden_size: g, width of the graph router, and of the `"sparsegen"` gate's predictor.
         router_conv: `"gcn"`, `"sage"` or `"gat"`.
         router_input_gain: Glorot gain of the token projection P_x.
         router_self_term: a node's own features beside the aggregate: `"none"`, `"residual"` (to the initial features)
@@ -84,7 +106,7 @@ class GraphLoraConfig(PeftConfig):
         graph_seed: seed of the random graphs.
         shared_graph: one random graph for all blocks instead of one per block.
         divergence: `"kl"` (the paper) or `"abs_log_ratio"` (the released code), for both losses.
-        poisson_rate_form: lambda as `1 + sigmoid(x)` (`"smooth"`) or clamped to [1, 2] (`"clamp"`).
+        poisson_rate_form: lambda as `1 + sigmoid(x)` (`"smooth"`), clamped to [1, 2] (`"clamp"`) or `"fixed"` at 1.5.
         normal_scale_form: sigma trained above N/4 (`"bounded"`), trained freely (`"free"`) or `"fixed"` at N/2.
         normal_target: normal target normalized `"per_layer"` or over `"all_layers"` at once (the released code).
         load_window: which loads the normal loss sees: `"cumulative"`, `"ema"` or `"batch"`.
@@ -92,7 +114,12 @@ class GraphLoraConfig(PeftConfig):
         norm_load_weights: count renormalized routing weights in the loads; otherwise the probabilities themselves.
         router_poisson_loss_coef: weight of the Poisson distinction loss.
         router_normal_loss_coef: weight of the normal balance loss.
-        router_aux_loss_coef: weight of the Switch form of load balancing, `N sum F P` (the baselines'; MixLoRA: 0.01).
+        router_aux_loss_coef: weight of the load balance loss of `router_aux_loss_form` (MixLoRA: 0.01).
+        router_aux_loss_form: `"switch"` (`N sum F P` by router), `"switch_all_layers"` (over all layers at once), or
+            that of `"mola"`, `"ld_mole"`, `"loramoe"`, `"loramoe_paper"` or `"dynmole"` (formulas: docs/methods.md).
+        router_entropy_loss_coef: weight of the mean Tsallis entropy of the routing (DynMoLE).
+        router_sparsity_loss_coef: weight of LD-MoLE's sparsity loss, which favors at most `top_k` experts; only with
+            `router_gate="sparsegen"`.
         edge_density_loss_coef: weight of the penalty that holds learned edges near `edge_density`.
         backend: compute path: `"auto"`, `"eager"` (the expert loop), `"torch"` or `"triton"`.
         recompute_gate_up: run the frozen gate and up projections again in backward instead of saving what they give:
@@ -103,11 +130,11 @@ class GraphLoraConfig(PeftConfig):
     """
 
     preset: str = "graphlora"
-    num_experts: int = 8
-    top_k: int = 2
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
+    num_experts: int = FROM_PRESET
+    top_k: int = FROM_PRESET
+    r: int = FROM_PRESET
+    lora_alpha: float = FROM_PRESET
+    lora_dropout: float = FROM_PRESET
     target_modules: list[str] | set[str] | str | None = None
     attention_target_modules: list[str] | set[str] | str | None = None
     ffn_modules: dict[str, str] | None = None
@@ -115,12 +142,22 @@ class GraphLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    num_experts_by_layer: list[int] | None = FROM_PRESET
     num_experts_pattern: dict[str, int] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     expert_granularity: Literal["ffn", "linear"] = FROM_PRESET
+    attention_experts: bool = FROM_PRESET
+    shared_lora_A: bool = FROM_PRESET
     norm_topk_prob: bool = True
-    router_type: Literal["graph", "linear"] = "graph"
+    router_type: Literal["graph", "linear"] = FROM_PRESET
+    router_scope: Literal["block", "projection"] = FROM_PRESET
+    router_gate: Literal["top_k", "dense", "top_p", "sparsegen"] = FROM_PRESET
+    router_top_p: float = 0.75
+    router_entropy_index: float = 1.1
+    router_entropy_threshold: float = 0.9
+    router_bias: bool = FROM_PRESET
+    router_init: Literal["kaiming", "normal"] = FROM_PRESET
     router_num_layers: int = 2
     router_hidden_size: int = FROM_PRESET
     router_conv: Literal["gcn", "sage", "gat"] = "gcn"
@@ -137,7 +174,7 @@ class GraphLoraConfig(PeftConfig):
     graph_seed: int = 0
     shared_graph: bool = False
     divergence: Literal["kl", "abs_log_ratio"] = FROM_PRESET
-    poisson_rate_form: Literal["smooth", "clamp"] = FROM_PRESET
+    poisson_rate_form: Literal["smooth", "clamp", "fixed"] = FROM_PRESET
     normal_scale_form: Literal["bounded", "free", "fixed"] = FROM_PRESET
     normal_target: Literal["per_layer", "all_layers"] = FROM_PRESET
     load_window: Literal["cumulative", "ema", "batch"] = FROM_PRESET
@@ -145,7 +182,10 @@ class GraphLoraConfig(PeftConfig):
     norm_load_weights: bool = FROM_PRESET
     router_poisson_loss_coef: float = FROM_PRESET
     router_normal_loss_coef: float = FROM_PRESET
-    router_aux_loss_coef: float = 0.0
+    router_aux_loss_coef: float = FROM_PRESET
+    router_aux_loss_form: str = FROM_PRESET
+    router_entropy_loss_coef: float = FROM_PRESET
+    router_sparsity_loss_coef: float = FROM_PRESET
     edge_density_loss_coef: float = 1.0
     backend: Literal["auto", "eager", "torch", "triton"] = "auto"
     recompute_gate_up: bool = False
@@ -155,9 +195,10 @@ class GraphLoraConfig(PeftConfig):
         self.peft_type = graphlora_peft_type()
         if self.preset not in PRESETS:
             raise GraphLoraError(_not_a_choice("preset", self.preset, tuple(PRESETS)))
+        has_own_count = self.num_experts is not None
         for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+            if getattr(self, name) is None and not (has_own_count and name == "num_experts_by_layer"):
+                setattr(self, name, copy.copy(value))
         for name in ("target_modules", "attention_target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -165,6 +206,7 @@ class GraphLoraConfig(PeftConfig):
         self._check_numbers()
         self._check_choices()
         self._check_patterns()
+        self._check_routing()
 
     def _check_numbers(self) -> None:
         _check_int("num_experts", self.num_experts, 1, MAX_EXPERTS)
@@ -182,12 +224,16 @@ class GraphLoraConfig(PeftConfig):
         _check_float("lora_dropout", self.lora_dropout, 0.0, 0.999)
         _check_float("load_decay", self.load_decay, 0.0, 0.99999)
         _check_float("router_self_term_weight", self.router_self_term_weight, 0.0, 1.0)
-        for name in ("lora_alpha", "router_input_gain", "router_init_spread"):
+        _check_float("router_top_p", self.router_top_p, 0.0, 1.0)
+        _check_float("router_entropy_index", self.router_entropy_index, 1.001, 10.0)
+        for name in ("lora_alpha", "router_entropy_threshold", "router_input_gain", "router_init_spread"):
             _check_float(name, getattr(self, name), 1e-9, 1e9)
         for name in (
             "router_poisson_loss_coef",
             "router_normal_loss_coef",
             "router_aux_loss_coef",
+            "router_entropy_loss_coef",
+            "router_sparsity_loss_coef",
             "edge_density_loss_coef",
         ):
             _check_float(name, getattr(self, name), 0.0, 1e9)
@@ -234,12 +280,38 @@ class GraphLoraConfig(PeftConfig):
             raise GraphLoraError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, the indices of the layers to adapt."
             )
+        if self.num_experts_by_layer == []:
+            raise GraphLoraError(
+                "num_experts_by_layer=[] names no count; give one per group of layers, e.g. [2, 4, 6, 8]."
+            )
+        for value in self.num_experts_by_layer or ():
+            _check_int("num_experts_by_layer", value, self.top_k, MAX_EXPERTS)
         for value in self.num_experts_pattern.values():
             _check_int("num_experts_pattern", value, self.top_k, MAX_EXPERTS)
         for value in self.rank_pattern.values():
             _check_int("rank_pattern", value, 1, MAX_RANK)
         for value in self.alpha_pattern.values():
             _check_float("alpha_pattern", value, 1e-9, 1e9)
+
+    def _check_routing(self) -> None:
+        """Combinations of router, gate and granularity."""
+        is_linear = self.router_type == "linear" and self.expert_granularity == "linear"
+        linear = "router_type='linear' and expert_granularity='linear'"
+        per_projection = self.router_scope == "projection"
+        needs = (
+            ("router_scope", per_projection, is_linear, linear),
+            ("router_gate", self.router_gate != "top_k", is_linear, linear),
+            ("attention_experts", self.attention_experts, per_projection, "router_scope='projection'"),
+            ("shared_lora_A", self.shared_lora_A, per_projection, "router_scope='projection'"),
+        )
+        for name, is_used, is_possible, remedy in needs:
+            if is_used and not is_possible:
+                raise GraphLoraError(f"{name}={getattr(self, name)!r} needs {remedy}.")
+        if self.router_sparsity_loss_coef and self.router_gate != "sparsegen":
+            raise GraphLoraError(
+                f"router_sparsity_loss_coef={self.router_sparsity_loss_coef} needs router_gate='sparsegen', "
+                "whose sparsity it trains."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types (sets become sorted lists)."""

@@ -18,10 +18,11 @@ class Coordination(Float32State):
 
     Args:
         num_experts: N.
-        poisson_rate_form: `"smooth"`: lambda = 1 + sigmoid(x); `"clamp"`: lambda = clamp(1.5 + x, 1, 2).
+        poisson_rate_form: `"smooth"`: lambda = 1 + sigmoid(x); `"clamp"`: clamp(1.5 + x, 1, 2); `"fixed"`: 1.5.
         normal_scale_form: `"bounded"`: sigma = N/4 (1 + e^x), so at least N/4; `"free"`: |N/2 + x|; `"fixed"`: N/2.
     """
 
+    poisson_rate_bias: Tensor
     normal_scale_bias: Tensor
     cumulative_weights: Tensor
     float32_names = ("poisson_rate_bias", "normal_scale_bias", "cumulative_weights")
@@ -30,7 +31,10 @@ class Coordination(Float32State):
         super().__init__()
         self.num_experts = num_experts
         self.poisson_rate_form, self.normal_scale_form = poisson_rate_form, normal_scale_form
-        self.poisson_rate_bias = nn.Parameter(torch.zeros(()))
+        if poisson_rate_form == "fixed":
+            self.register_buffer("poisson_rate_bias", torch.zeros(()))
+        else:
+            self.poisson_rate_bias = nn.Parameter(torch.zeros(()))
         if normal_scale_form == "fixed":
             self.register_buffer("normal_scale_bias", torch.zeros(()))
         else:

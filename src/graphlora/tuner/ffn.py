@@ -202,15 +202,7 @@ def take_apart(block: nn.Module, name: str, ffn_modules: dict[str, str] | None =
     Raises:
         GraphLoraError: where no pattern fits, or the block computes something else.
     """
-    if ffn_modules is not None:
-        _check_ffn_modules(ffn_modules)
-    pattern = match_pattern(block, ffn_modules)
-    if pattern is None:
-        children = ", ".join(child for child, _ in block.named_children()) or "none"
-        raise GraphLoraError(
-            f"{name} ({type(block).__name__}) is not a known FFN block; its children are: {children}. "
-            f"{_what_was_looked_for()}"
-        )
+    pattern = _pattern_of(block, name, ffn_modules)
     if len([p for p in inspect.signature(block.forward).parameters.values() if p.default is p.empty]) != 1:
         raise GraphLoraError(
             f"{name} ({type(block).__name__}) takes more than the hidden states; it is not supported."
@@ -225,6 +217,36 @@ def take_apart(block: nn.Module, name: str, ffn_modules: dict[str, str] | None =
     in_features, wide = features(getattr(block, pattern.projections()[0]))
     intermediate_size = wide // 2 if pattern.gate_up_proj else wide
     return FfnParts(block, pattern, DifferentiableAct(act), in_features, intermediate_size)
+
+
+def projection_names(
+    block: nn.Module, name: str, ffn_modules: dict[str, str] | None = None
+) -> tuple[str, ...]:
+    """Names of the projections of an FFN block, adapted or not.
+
+    Args:
+        block: the FFN block, or the layer that stands in its place.
+        name: its name, for messages.
+        ffn_modules: the user's own names of the parts.
+
+    Raises:
+        GraphLoraError: where no pattern fits.
+    """
+    block = getattr(block, "base_layer", block)
+    return _pattern_of(block, name, ffn_modules).projections()
+
+
+def _pattern_of(block: nn.Module, name: str, ffn_modules: dict[str, str] | None) -> FfnPattern:
+    if ffn_modules is not None:
+        _check_ffn_modules(ffn_modules)
+    pattern = match_pattern(block, ffn_modules)
+    if pattern is None:
+        children = ", ".join(child for child, _ in block.named_children()) or "none"
+        raise GraphLoraError(
+            f"{name} ({type(block).__name__}) is not a known FFN block; its children are: {children}. "
+            f"{_what_was_looked_for()}"
+        )
+    return pattern
 
 
 def _check_ffn_modules(ffn_modules: dict[str, str]) -> None:

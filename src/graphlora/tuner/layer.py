@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from abc import abstractmethod
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from graphlora.errors import GraphLoraError
 from graphlora.experts import LoraExperts
 from graphlora.graph import twin_experts
 from graphlora.moe import MoeSettings, moe_ffn
@@ -20,14 +15,13 @@ from graphlora.ops.backend import resolve_backend
 from graphlora.ops.decode import few_tokens, lora_linear_decode
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn
 from graphlora.ops.lora_linear import add_low_rank, lora_linear, plain_matrix
-from graphlora.router import CenteredRouter, GraphRouter, LinearRouter, Routing, build_adjacency
+from graphlora.router import CenteredRouter, GraphRouter, build_adjacency
 from graphlora.tuner.config import GraphLoraConfig
-from graphlora.tuner.coordination import Coordination
 from graphlora.tuner.ffn import FfnParts, features
 from graphlora.tuner.record import Recorder
+from graphlora.tuner.tuner_layer import RoutedLayer, TunerLayer, from_pattern
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_TRL_REFERENCE = "ref"
 _DECODE_TOP_K = 8
 # What the kernels of graphlora.ops.expert_ffn.triton know, which is imported only where they run.
 _KERNEL_EXPERTS, _KERNEL_TOP_K, _KERNEL_RANK = 64, 8, 64
@@ -36,75 +30,7 @@ _KERNEL_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _resolve_backend = torch.compiler.assume_constant_result(resolve_backend)
 
 
-class TunerLayer(nn.Module, BaseTunerLayer):
-    """What the two adapted layers share: one active adapter at a time, and a clear refusal to merge."""
-
-    def __init__(self, base_layer: nn.Module, block_name: str) -> None:
-        nn.Module.__init__(self)
-        self.base_layer = base_layer
-        self.block_name = block_name
-        self.configs: dict[str, GraphLoraConfig] = {}
-        self.scaling: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-
-    @abstractmethod
-    def update_layer(self, adapter_name: str, config: GraphLoraConfig, inference_mode: bool = False) -> None:
-        """Adds an adapter to this layer."""
-
-    def active_name(self, adapters: nn.ModuleDict) -> str | None:
-        """Name of the active adapter that this layer holds, or None where the base layer runs alone."""
-        if self.disable_adapters:
-            return None
-        found = None
-        for name in self.active_adapters:
-            if name in adapters:
-                if found is not None:
-                    raise GraphLoraError(
-                        f"GraphLoRA runs one adapter at a time, but {found} and {name} are active; "
-                        "call set_adapter with one name."
-                    )
-                found = name
-        return found
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: see `unmergeable`."""
-        raise unmergeable()
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
-        warnings.warn("GraphLoRA adapters are never merged; there is nothing to unmerge.", stacklevel=2)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        device, dtype = None, None
-        for module in base_layer.modules():
-            for weight in module._parameters.values():
-                if weight is None:
-                    continue
-                device = device or weight.device
-                if weight.dtype.is_floating_point and weight.element_size() >= 2:
-                    return weight.device, getattr(module, "compute_dtype", None) or weight.dtype
-        return device, dtype
-
-    def _forget(self, adapter_name: str) -> None:
-        self.configs.pop(adapter_name, None)
-        self.scaling.pop(adapter_name, None)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """See PEFT's `delete_adapter`."""
-        super().delete_adapter(adapter_name)
-        self._forget(adapter_name)
-
-
-def unmergeable() -> GraphLoraError:
-    """Why a GraphLoRA adapter cannot be folded into the base weights."""
-    return GraphLoraError(
-        "A GraphLoRA adapter cannot be merged into the base weights: which experts apply depends on the token. "
-        "Keep the adapter loaded, or call unload() for the base model."
-    )
-
-
-class GraphLoraLayer(TunerLayer):
+class GraphLoraLayer(RoutedLayer):
     """An FFN block with a router and LoRA experts.
 
     Per adapter it holds `graphlora_{gate,up,down}_proj` (`LoraExperts`), `graphlora_router` and
@@ -116,9 +42,9 @@ class GraphLoraLayer(TunerLayer):
         block_index: its position among the adapted blocks; seeds its random graph.
         side: `"encoder"` or `"decoder"`: which attention mask belongs to its tokens.
         recorder: where routing is recorded.
+        depth: index of its decoder layer, and their number.
 
     Attributes:
-        routings: what the recorder keeps of this block while a forward is recorded.
         unsupported: by adapter, what the Triton kernels cannot do of this block (see `resolve_backend`).
     """
 
@@ -127,39 +53,34 @@ class GraphLoraLayer(TunerLayer):
         "graphlora_router",
         "graphlora_coordination",
     )
-    other_param_names = ()
     graphlora_gate_proj: nn.ModuleDict
     graphlora_up_proj: nn.ModuleDict
     graphlora_down_proj: nn.ModuleDict
-    graphlora_router: nn.ModuleDict
-    graphlora_coordination: nn.ModuleDict
 
     def __init__(
-        self, parts: FfnParts, block_name: str, block_index: int, side: str, recorder: Recorder
+        self,
+        parts: FfnParts,
+        block_name: str,
+        block_index: int,
+        side: str,
+        recorder: Recorder,
+        depth: tuple[int, int] = (0, 1),
     ) -> None:
-        super().__init__(parts.block, block_name)
+        super().__init__(parts.block, block_name, block_index, side, recorder, depth)
         self.parts = parts
         self.ffn = FrozenFfn(parts.project_in, parts.project_out, parts.act, parts.plain_weights)
-        self.block_index, self.side, self.recorder = block_index, side, recorder
-        self.routings: list[Routing] = []
         self.unsupported: dict[str, str | None] = {}
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ModuleDict())
 
     def update_layer(self, adapter_name: str, config: GraphLoraConfig, inference_mode: bool = False) -> None:
         """Adds an adapter to this block."""
-        num_experts = _from_pattern(config.num_experts_pattern, self.block_name, config.num_experts)
-        r = _from_pattern(config.rank_pattern, self.block_name, config.r)
-        alpha = _from_pattern(config.alpha_pattern, self.block_name, config.lora_alpha)
+        num_experts = self._num_experts(config)
+        r = from_pattern(config.rank_pattern, self.block_name, config.r)
+        alpha = from_pattern(config.alpha_pattern, self.block_name, config.lora_alpha)
         d, f = self.parts.hidden_size, self.parts.intermediate_size
         sizes = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
         for name in _PROJECTIONS if self.parts.gated else _PROJECTIONS[1:]:
             getattr(self, f"graphlora_{name}")[adapter_name] = LoraExperts(num_experts, *sizes[name], r)
-        self.graphlora_router[adapter_name] = self._build_router(config, num_experts)
-        self.graphlora_coordination[adapter_name] = Coordination(
-            num_experts, config.poisson_rate_form, config.normal_scale_form
-        )
-        self._copy_state_for_reference(adapter_name, config)
+        self._add_router(adapter_name, config, self._build_router(config, num_experts))
         self.unsupported[adapter_name] = self._kernels_lack(config, num_experts, r)
         self.configs[adapter_name] = config
         self.scaling[adapter_name] = alpha / r
@@ -178,44 +99,17 @@ class GraphLoraLayer(TunerLayer):
             return f"more than {_KERNEL_EXPERTS} experts, top_k over {_KERNEL_TOP_K} or r over {_KERNEL_RANK}"
         return "the base model's own dropout inside the FFN" if self.parts.hidden_dropout() else None
 
-    def _copy_state_for_reference(self, adapter_name: str, config: GraphLoraConfig) -> None:
-        """Copies graph, features and running state into the frozen reference that TRL makes of a trained adapter.
-
-        TRL adds an adapter of that name with the same configuration object, and copies the parameters alone.
-        """
-        original = next((name for name, other in self.configs.items() if other is config), None)
-        if adapter_name != _TRL_REFERENCE or original is None:
-            return
-        for modules in (self.graphlora_router, self.graphlora_coordination):
-            buffers = dict(modules[original].named_buffers())
-            for name, buffer in modules[adapter_name].named_buffers():
-                buffer.copy_(buffers[name])
-
-    def router(self, adapter_name: str) -> CenteredRouter:
-        """The router of an adapter."""
-        return cast(CenteredRouter, self.graphlora_router[adapter_name])
-
-    def coordination(self, adapter_name: str) -> Coordination:
-        """lambda, sigma and loads of an adapter."""
-        return cast(Coordination, self.graphlora_coordination[adapter_name])
-
     def _experts(self, projection: str, adapter_name: str) -> LoraExperts:
         return cast(LoraExperts, getattr(self, f"graphlora_{projection}")[adapter_name])
 
     def _build_router(self, config: GraphLoraConfig, num_experts: int) -> CenteredRouter:
         d = self.parts.hidden_size
-        seed = config.graph_seed if config.shared_graph else config.graph_seed * 100_003 + self.block_index
-        common: dict[str, Any] = {
-            "input_norm": config.router_input_norm,
-            "centering": config.router_logit_centering,
-            "seed": seed,
-            "spread": config.router_init_spread,
-        }
         if config.router_type == "linear":
-            return LinearRouter(d, num_experts, **common)
+            return self._linear_router(config, d, num_experts)
+        options = self._router_options(config)
         edges = config.edges if config.edges is not None else config.edge_init
-        adjacency = build_adjacency(num_experts, edges, config.edge_density, seed)
-        router = GraphRouter(
+        adjacency = build_adjacency(num_experts, edges, config.edge_density, options["seed"])
+        return GraphRouter(
             d,
             num_experts,
             width=config.router_hidden_size,
@@ -229,9 +123,8 @@ class GraphLoraLayer(TunerLayer):
             input_gain=config.router_input_gain,
             edge_density=config.edge_density,
             learned_edges=config.edge_init == "learned" and config.edges is None,
-            **common,
+            **options,
         )
-        return router
 
     def twins(self, adapter_name: str) -> list[tuple[int, int]]:
         """Pairs of experts that the router can never tell apart (graph router without a self term)."""
@@ -324,8 +217,8 @@ class GraphLoraLinear(TunerLayer):
 
     def update_layer(self, adapter_name: str, config: GraphLoraConfig, inference_mode: bool = False) -> None:
         """Adds an adapter to this projection."""
-        r = _from_pattern(config.rank_pattern, self.block_name, config.r)
-        alpha = _from_pattern(config.alpha_pattern, self.block_name, config.lora_alpha)
+        r = from_pattern(config.rank_pattern, self.block_name, config.r)
+        alpha = from_pattern(config.alpha_pattern, self.block_name, config.lora_alpha)
         self.graphlora_attention[adapter_name] = LoraPair(self.in_features, self.out_features, r)
         self.configs[adapter_name] = config
         self.scaling[adapter_name] = alpha / r
@@ -349,11 +242,3 @@ class GraphLoraLinear(TunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         x = nn.functional.dropout(x, dropout) if dropout else x
         return add_low_rank(result, x, lora_A, lora_B, scaling)
-
-
-def _from_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """Value of the first key that is a suffix of `name` or a regular expression for it."""
-    for key, value in pattern.items():
-        if name == key or name.endswith("." + key) or re.fullmatch(rf"(.*\.)?({key})", name):
-            return value
-    return default

@@ -48,6 +48,12 @@ def token_masks(inputs: dict[str, Any], is_encoder_decoder: bool) -> dict[str, T
     return {"encoder": own, "decoder": decoder}
 
 
+def num_samples(inputs: dict[str, Any]) -> int:
+    """Rows of the batch, from the arguments of the model's forward by name."""
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
+    return next((len(inputs[name]) for name in names if inputs.get(name) is not None), 1)
+
+
 def share_of_batch(module: nn.Module, inputs: dict[str, Any], is_encoder_decoder: bool) -> Tensor | float:
     """Share of the optimized batch that this micro-batch is, by its labels; 1 where the trainer does not say.
 

@@ -19,10 +19,11 @@ from graphlora.router import GraphRouter, Routing, begin_updates
 from graphlora.tuner import ffn
 from graphlora.tuner.auxiliary import auxiliary_loss
 from graphlora.tuner.config import GraphLoraConfig
-from graphlora.tuner.layer import GraphLoraLayer, GraphLoraLinear, TunerLayer, unmergeable
-from graphlora.tuner.masks import named_arguments, share_of_batch, token_masks
+from graphlora.tuner.masks import named_arguments, num_samples, share_of_batch, token_masks
 from graphlora.tuner.outputs import AUX_FIELDS, with_aux
+from graphlora.tuner.placing import Placement
 from graphlora.tuner.record import Recorder, RoutingRecord, let_checkpointed_layers_record
+from graphlora.tuner.tuner_layer import RoutedLayer, TunerLayer, unmergeable
 
 _MISSING = object()
 
@@ -51,7 +52,7 @@ class GraphLoraModel(BaseTuner):
         self.recorder = Recorder()
         self._saved_config: dict[str, Any] = {}
         self._wanted = self._counts = True
-        self._blocks: list[GraphLoraLayer] | None = None
+        self._blocks: list[RoutedLayer] | None = None
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -107,28 +108,12 @@ class GraphLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        del parameter_name
-        inference = peft_config.inference_mode
-        if isinstance(target, TunerLayer):
-            target.update_layer(adapter_name, peft_config, inference)
-            return
-        if ffn.is_linear(target):
-            new: TunerLayer = GraphLoraLinear(target, current_key)
-        else:
-            parts = ffn.take_apart(target, current_key, peft_config.ffn_modules)
-            ffn.check_parts(parts, current_key)
-            block_index = sum(isinstance(m, GraphLoraLayer) for m in self.model.modules())
-            new = GraphLoraLayer(parts, current_key, block_index, self._side(current_key), self.recorder)
-            self._blocks = None
-        new.update_layer(adapter_name, peft_config, inference)
-        if adapter_name not in self.active_adapters:
-            new.requires_grad_(False)
-        new.train(target.training)
-        setattr(parent, target_name, new)
-
-    def _side(self, key: str) -> str:
-        is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        return "encoder" if is_encoder_decoder and "encoder" in key.split(".") else "decoder"
+        del target, parameter_name
+        is_active = adapter_name in self.active_adapters
+        Placement(self.model, self.recorder, peft_config, adapter_name, is_active).place(
+            parent, target_name, current_key
+        )
+        self._blocks = None
 
     def _post_injection_hook(self, model: nn.Module, config: GraphLoraConfig, adapter_name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self._layers():
@@ -149,12 +134,12 @@ class GraphLoraModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _layers(self, adapter_name: str | None = None) -> list[GraphLoraLayer]:
+    def _layers(self, adapter_name: str | None = None) -> list[RoutedLayer]:
         if self._blocks is None:
-            self._blocks = [m for m in self.model.modules() if isinstance(m, GraphLoraLayer)]
+            self._blocks = [m for m in self.model.modules() if isinstance(m, RoutedLayer)]
         if adapter_name is None:
             return self._blocks
-        return [layer for layer in self._blocks if adapter_name in layer.graphlora_up_proj]
+        return [layer for layer in self._blocks if adapter_name in layer.graphlora_router]
 
     # --- the auxiliary loss --------------------------------------------------------------------------------------
 
@@ -196,7 +181,7 @@ class GraphLoraModel(BaseTuner):
         Every training forward calls this by itself, and only the first call after an optimizer step does anything. A
         forward that is replayed as a CUDA graph runs no Python, so whoever replays it calls this before.
         """
-        named = ((layer, layer.active_name(layer.graphlora_up_proj)) for layer in self._layers())
+        named = ((layer, layer.active_name(layer.graphlora_router)) for layer in self._layers())
         begin_updates(layer.router(name) for layer, name in named if name is not None)
 
     @torch.compiler.disable
@@ -240,7 +225,8 @@ class GraphLoraModel(BaseTuner):
         is_encoder_decoder = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
         inputs = named_arguments(module, args, kwargs)
         masks = token_masks(inputs, is_encoder_decoder)
-        aux_loss = auxiliary_loss(record, masks, name, cast(GraphLoraConfig, self.peft_config[name]))
+        own = cast(GraphLoraConfig, self.peft_config[name])
+        aux_loss = auxiliary_loss(record, masks, name, own, num_samples(inputs))
         if not self._wanted:
             aux_loss = torch.zeros_like(aux_loss)
         share = share_of_batch(module, inputs, is_encoder_decoder) if record.training else 0.0
@@ -315,7 +301,7 @@ class GraphLoraModel(BaseTuner):
         return model
 
 
-def _block_stats(layer: GraphLoraLayer, name: str) -> dict[str, Any]:
+def _block_stats(layer: RoutedLayer, name: str) -> dict[str, Any]:
     coordination, router = layer.coordination(name), layer.router(name)
     shares = expert_load(coordination.cumulative_weights.detach().cpu())
     adjacency = router.expert_adjacency().detach().cpu().tolist() if isinstance(router, GraphRouter) else None

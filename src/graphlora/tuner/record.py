@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,12 +18,12 @@ from graphlora.errors import GraphLoraError
 from graphlora.router import Routing
 
 if TYPE_CHECKING:
-    from graphlora.tuner.layer import GraphLoraLayer
+    from graphlora.tuner.tuner_layer import RoutedLayer
 
 
 @dataclass
 class RoutingRecord:
-    """Routing of every FFN block in one forward, low to high layer.
+    """Routing of every routed layer in one forward, low to high.
 
     Attributes:
         training: whether this forward is optimized (training mode, gradients on).
@@ -31,7 +31,7 @@ class RoutingRecord:
     """
 
     training: bool
-    entries: list[tuple[GraphLoraLayer, Routing]] = field(default_factory=list)
+    entries: list[tuple[RoutedLayer, Routing]] = field(default_factory=list)
 
 
 class Recorder:
@@ -47,9 +47,9 @@ class Recorder:
         self.is_open = False
         self.training = False
         self.watched: dict[str, Routing] | None = None
-        self._layers: Sequence[GraphLoraLayer] = ()
+        self._layers: Sequence[RoutedLayer] = ()
 
-    def open(self, layers: Sequence[GraphLoraLayer], training: bool) -> None:
+    def open(self, layers: Sequence[RoutedLayer], training: bool) -> None:
         """Records the forward that begins now.
 
         Args:
@@ -71,10 +71,11 @@ class Recorder:
         self._layers, self.is_open, self.training = (), False, False
         if self.watched is not None:
             for layer, routing in record.entries:
-                self.watched[layer.block_name] = Routing(*(t.detach() for t in vars(routing).values()))
+                detached = {name: tensor.detach() for name, tensor in vars(routing).items()}
+                self.watched[layer.block_name] = replace(routing, **detached)
         return record
 
-    def add(self, layer: GraphLoraLayer, routing: Routing) -> None:
+    def add(self, layer: RoutedLayer, routing: Routing) -> None:
         """Called by a layer once per forward, compiled or not.
 
         Raises:
