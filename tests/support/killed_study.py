@@ -1,6 +1,6 @@
-"""A study whose process is killed again and again, in forks of a process that has the packages loaded.
+"""A study done undisturbed and once more with its process killed again and again, in forks of one process.
 
-Arguments: study file, results folder, number of kills, seed. Prints how many runs were done at each kill.
+Arguments: study file, folder (gets `undisturbed` and `killed`), number of kills, seed. Prints the records at each kill.
 """
 
 import os
@@ -21,7 +21,7 @@ from graphlora.study.spec import load_spec
 torch.set_num_threads(1)
 
 
-def fork(study: str, results: str) -> int:
+def fork(study: str, results: Path) -> int:
     """A process that does the study."""
     child = os.fork()
     if child == 0:
@@ -32,22 +32,19 @@ def fork(study: str, results: str) -> int:
 
 
 def main() -> int:
-    study, results, kills, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    study, results, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    status = os.waitpid(fork(study, results / "undisturbed"), 0)[1]
     draw = random.Random(seed)
-    folder = Path(results) / load_spec(study).study
+    folder = results / "killed" / load_spec(study).study
     for _ in range(kills):
-        child = fork(study, results)
-        time.sleep(draw.uniform(0.1, 2.0))
-        alive = os.waitpid(child, os.WNOHANG) == (0, 0)
-        if not alive:
-            break
+        child = fork(study, results / "killed")
+        time.sleep(draw.uniform(0.1, 1.5))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        done = len(list(folder.glob("*.json")))
-        sys.stdout.write(f"killed {done}\n")
-        sys.stdout.flush()
-    status = os.waitpid(fork(study, results), 0)[1]
-    return os.waitstatus_to_exitcode(status)
+        sys.stdout.write(f"killed with {len(list(folder.glob('*.json')))} records\n")
+    return os.waitstatus_to_exitcode(status) or os.waitstatus_to_exitcode(
+        os.waitpid(fork(study, results / "killed"), 0)[1]
+    )
 
 
 if __name__ == "__main__":
