@@ -40,7 +40,8 @@ figure img { display: block; width: 100%; height: auto; min-width: 36rem; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; } nav, .skip { display: none; }
   figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } .scroll { overflow: visible; }
-  table { font-size: 7.5pt; } th, td { padding: .1rem .35rem; } figure img { min-width: 0; width: auto; max-width: 100%; max-height: 11cm; }
+  table { font-size: 7.5pt; } th, td { padding: .1rem .35rem; }
+  figure img { min-width: 0; width: auto; max-width: 100%; max-height: 11cm; }
   a { color: inherit; text-decoration: none; }
 }
 """
