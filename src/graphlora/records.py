@@ -31,6 +31,7 @@ PACKAGES = (
     "tokenizers",
     "trl",
     "triton",
+    "lm_eval",
 )
 
 

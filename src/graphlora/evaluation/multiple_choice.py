@@ -112,7 +112,7 @@ def score_examples(
                 unit = todo[position]
                 scores[unit.item][unit.first : unit.first + len(values)] = values
             bar.update(len(batch))
-    return _results(examples, todo, scores, scoring)
+    return item_results(examples, todo, scores, scoring)
 
 
 def summarize(results: Sequence[ItemResult]) -> dict[str, Any]:
@@ -150,9 +150,10 @@ def write_items(results: Sequence[ItemResult], path: str | Path) -> Path:
     return write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def _results(
+def item_results(
     examples: Sequence[Example], todo: Sequence[Unit], scores: list[list[float]], scoring: Scoring
 ) -> list[ItemResult]:
+    """Results of examples from their choices' scores and the units that were scored."""
     tokens = [0] * len(examples)
     truncated = [False] * len(examples)
     for unit in todo:

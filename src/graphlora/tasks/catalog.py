@@ -36,6 +36,16 @@ TASKS: dict[str, Task] = {
 ALIASES = {"siqa": "social_iqa"}
 
 
+def find_task(spec: str) -> Task | None:
+    """The task of a name or of a second name for it; `None` for anything else."""
+    return TASKS.get(ALIASES.get(spec, spec))
+
+
+def is_data(spec: str) -> bool:
+    """Whether `spec` is meant as the user's data: a file, a folder or a hub data set."""
+    return spec.startswith(HUB_PREFIX) or spec.endswith(SUFFIXES) or Path(spec).exists()
+
+
 def load_examples(
     spec: str, split: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0
 ) -> list[Example] | list[TextExample]:
@@ -51,10 +61,10 @@ def load_examples(
     Raises:
         GraphLoraError: Unknown task, missing file, or a row that does not fit; names file and line.
     """
-    task = TASKS.get(ALIASES.get(spec, spec))
+    task = find_task(spec)
     if task is not None:
         return task.load(split, data_dir=data_dir, limit=limit, seed=seed)
-    if spec.startswith(HUB_PREFIX) or spec.endswith(SUFFIXES) or Path(spec).exists():
+    if is_data(spec):
         return load_custom(spec, split, limit=limit, seed=seed)
     raise GraphLoraError(
         f"unknown task {spec!r}; choose one of {', '.join(TASKS)}, a data file ({', '.join(SUFFIXES)}) or a "

@@ -65,7 +65,7 @@ def read_hub(hub_id: str, config: str | None, split: str, revision: str | None =
     """
     from datasets import load_dataset
 
-    with _hub_errors(f"split {split!r} of {hub_id}"):
+    with hub_errors(f"split {split!r} of {hub_id}"):
         data = load_dataset(hub_id, config, split=split, revision=revision)
         return [
             Row(dict(values), f"{hub_id}[{split}]:{number}") for number, values in enumerate(data, start=1)
@@ -80,12 +80,13 @@ def hub_splits(hub_id: str, config: str | None) -> list[str]:
     """
     from datasets import get_dataset_split_names
 
-    with _hub_errors(hub_id):
+    with hub_errors(hub_id):
         return list(get_dataset_split_names(hub_id, config))
 
 
 @contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
+def hub_errors(what: str) -> Iterator[None]:
+    """Turns what goes wrong on the way to the Hugging Face Hub into a `GraphLoraError` that names `what`."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -65,33 +65,37 @@ class Task:
         Raises:
             GraphLoraError: Unknown split, missing file, or a row that does not fit; names file and line.
         """
+        return [example for _, example in self.load_rows(split, data_dir, limit, seed)]
+
+    def load_rows(
+        self, split: str, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0
+    ) -> list[tuple[Row, Example]]:
+        """The same examples, each with the row in the hub's schema that it was made of; see `load`."""
         if split not in SPLITS:
             raise GraphLoraError(
                 f"task {self.name!r} has no split {split!r}; choose one of {', '.join(SPLITS)}"
             )
-        examples = self._split(split, data_dir)
+        pairs = self._split(split, data_dir)
         if split == "train":
             held_out = {
-                _key(item) for other in ("validation", "test") for item in self._if_there(other, data_dir)
+                _key(item) for other in ("validation", "test") for _, item in self._if_there(other, data_dir)
             }
-            examples = [item for item in examples if _key(item) not in held_out]
-        return subset(examples, limit, seed)
+            pairs = [(row, item) for row, item in pairs if _key(item) not in held_out]
+        return subset(pairs, limit, seed)
 
-    def _split(self, split: str, data_dir: str | Path | None) -> list[Example]:
+    def _split(self, split: str, data_dir: str | Path | None) -> list[tuple[Row, Example]]:
         rows = self._rows(split, data_dir)
-        examples = [self._example(row, position) for position, row in enumerate(rows)]
+        pairs = [(row, self._example(row, position)) for position, row in enumerate(rows)]
         source = self.sources[split]
         shared = [name for name in SPLITS if name != "validation" and self.sources[name] == source]
         if self.sources["validation"] != source or not shared:
-            return examples
-        held_out = set(holdout(len(examples), self.validation_share, self.split_seed))
+            return pairs
+        held_out = set(holdout(len(pairs), self.validation_share, self.split_seed))
         return [
-            item
-            for position, item in enumerate(examples)
-            if (position in held_out) == (split == "validation")
+            pair for position, pair in enumerate(pairs) if (position in held_out) == (split == "validation")
         ]
 
-    def _if_there(self, split: str, data_dir: str | Path | None) -> list[Example]:
+    def _if_there(self, split: str, data_dir: str | Path | None) -> list[tuple[Row, Example]]:
         folder = self._folder(data_dir)
         if folder is not None and find_split(folder, self.sources[split]) is None:
             return []
