@@ -8,7 +8,7 @@ from typing import Any
 
 from graphlora.report.aggregate import ModelScores, StudyNumbers
 from graphlora.report.inference import mean
-from graphlora.report.names import variant_label
+from graphlora.report.names import listed, variant_label
 from graphlora.report.plotting import FONT, Picture, bottom_label, legend, panels, styles
 from graphlora.report.reading import Run
 from graphlora.report.tables import column_label, seeds_text
@@ -16,6 +16,7 @@ from graphlora.report.tables import column_label, seeds_text
 # The names that curves may have, with the label of their axis and the factor to it.
 ROWS = (
     (("loss",), "training loss", 1.0),
+    (("eval_loss",), "validation loss", 1.0),
     (("eval_acc_norm", "eval_acc"), "validation, %", 100.0),
 )
 Band = list[tuple[int, float, float, float]]
@@ -40,7 +41,7 @@ def curve_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
         return None
     several = any(cell.summary.n > 1 for cell in scores.cells.values())
     what = {row for row, _, _ in bands}
-    shown = " and ".join(ROWS[row][1].removesuffix(", %") for row in sorted(what))
+    shown = listed(ROWS[row][1].replace(", %", " accuracy") for row in sorted(what))
     caption = (
         f"{shown[0].upper()}{shown[1:]} of {scores.model} over the training steps, {seeds_text(scores)}. "
         + (
@@ -48,7 +49,7 @@ def curve_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
             if several
             else "One seed each, so no bands. "
         )
-        + "A method that learns faster is lower in loss and higher in validation at the same step. Training loss holds "
+        + "A method that learns faster is lower in loss and higher in accuracy at the same step. Training loss holds "
         "a method's auxiliary losses, so that its level compares only methods with the same ones; validation compares "
         "all."
     )

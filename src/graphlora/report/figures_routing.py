@@ -98,7 +98,7 @@ def _draw_layers(numbers: StudyNumbers, scores: ModelScores, found: Sequence[Rou
         if name == "cv":
             axes.axhline(BALANCED, color=INK, linestyle="--", linewidth=1.2)
             axes.set_ylim(bottom=0, top=1.08 * max(axes.get_ylim()[1], BALANCED))
-        _whole_ticks(axes.xaxis)
+        _few_ticks(axes.xaxis, most=6, whole=True)
         axes.grid(axis="y", color="#e5e5e5")
     bottom_label(grid, 2, "layer")
     shown = [variant for variant in scores.trained if variant in handles]
@@ -168,8 +168,7 @@ def _draw_totals(scores: ModelScores, found: Sequence[RoutingHealth]) -> Any:
         axes.tick_params(axis="y", length=0)
         right = max((max(getattr(h, name)) for h in found if getattr(h, name)), default=0.0)
         axes.set_xlim(-0.04 * (right or 1.0), 1.08 * (right or 1.0))
-        if name == "dead_by_run":
-            _whole_ticks(axes.xaxis)
+        _few_ticks(axes.xaxis, whole=name == "dead_by_run")
         for row in range(1, len(rows)):
             axes.axhline(row - 0.5, color="#e5e5e5", linewidth=1)
         axes.set_title(label, fontsize=FONT)
@@ -177,7 +176,7 @@ def _draw_totals(scores: ModelScores, found: Sequence[RoutingHealth]) -> Any:
     return figure
 
 
-def _whole_ticks(axis: Any) -> None:
+def _few_ticks(axis: Any, most: int = 4, whole: bool = False) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=whole))

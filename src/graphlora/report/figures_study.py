@@ -11,6 +11,7 @@ from graphlora.report.figures_curves import curve_picture
 from graphlora.report.figures_routing import routing_pictures
 from graphlora.report.figures_sweep import sweep_picture
 from graphlora.report.names import difference_unit, is_share, metric_label, variant_label
+from graphlora.report.numerals import signed
 from graphlora.report.plotting import (
     BARS,
     BLUE,
@@ -52,7 +53,7 @@ def study_pictures(numbers: StudyNumbers) -> list[Picture]:
 def _score_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Picture | None:
     metric = metric_label(numbers.metric)
     several = any(cell.summary.n > 1 for cell in scores.cells.values())
-    base = " In brackets: the untouched model, left of the axis." if BASE in scores.variants else ""
+    base = " In brackets: the untouched model." if BASE in scores.variants else ""
     caption = (
         f"Scores of {scores.model}, {seeds_text(scores)}. Small dots: one seed each; large mark: their mean. "
         f"{BARS if several else ONE_SEED}.{base} Methods whose bars overlap widely are not told apart by these seeds; "
@@ -147,7 +148,7 @@ def _draw_differences(found: Sequence[Comparison], scores: ModelScores, label: s
                 axes.plot([low, high], [row] * 2, color=INK, linewidth=1.6)
                 axes.plot([low, high], [row] * 2, "|", color=INK, markersize=9)
             axes.annotate(
-                f"{d.mean:+.1f}".replace("-", "−"),
+                signed(d.mean, digits=1),
                 (1.02, row),
                 xycoords=("axes fraction", "data"),
                 va="center",

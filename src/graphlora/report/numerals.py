@@ -19,10 +19,15 @@ def number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 2) -> str:
     """A difference with its sign."""
-    text = f"{value:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def millions(value: float | None) -> str:
+    """A count in millions: two places, or more for small models."""
+    return NONE if value is None else f"{value / 1e6:.2f}" if value >= 1e5 else f"{value / 1e6:.4f}"
 
 
 def interval(summary: Summary, signs: bool = False) -> str:

@@ -112,9 +112,12 @@ def _provenance(numbers: StudyNumbers) -> Iterable[tuple[str, str]]:
             "data",
             "; ".join(f"{task}: {', '.join(sorted(values))}" for task, values in sorted(hashes.items())),
         )
-    hours = sum(record.wall_time or 0.0 for record in records) / 3600
-    if hours:
-        yield "time of all runs", f"{hours:.2f} hours"
+    seconds = sum(record.wall_time or 0.0 for record in records)
+    if seconds:
+        yield (
+            "time of all runs",
+            f"{seconds / 3600:.2f} hours" if seconds > 3600 else f"{seconds:.0f} seconds",
+        )
 
 
 def _counted(values: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from graphlora.report.aggregate import (
 )
 from graphlora.report.inference import mean
 from graphlora.report.names import AVERAGE, difference_unit, is_share, metric_label, task_label, variant_label
-from graphlora.report.numerals import NONE, interval, mean_std, number, p_text, ratio_text, signed
+from graphlora.report.numerals import NONE, interval, mean_std, millions, number, p_text, ratio_text, signed
 from graphlora.report.reading import BASE
 from graphlora.report.routing import routing_health
 
@@ -151,8 +151,7 @@ def _score_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, where:
     for index, variant in enumerate(scores.variants):
         row = [variant_label(variant)]
         if sizes:
-            size = sizes.get(variant)
-            row.append(NONE if size is None else f"{size / 1e6:.2f}")
+            row.append(millions(sizes.get(variant)))
         for column in scores.columns:
             cell = scores.cells.get((variant, column))
             if cell is None:
@@ -220,8 +219,8 @@ def _comparison_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, w
     caption = (
         f"Each method with its 95% t interval over seeds{where}, and its difference to {other} in "
         f"{difference_unit(numbers.metric)} over the seeds that both have (pairs), with the 95% t interval. p: paired "
-        f"t test; Holm: the same corrected for all {tests} tests of this study; flips: exact sign-flip permutation "
-        "test, which cannot fall below 2 / 2^pairs (0.0625 for five)."
+        f"t test; Holm: the same corrected for all tests of this study together ({tests}); flips: exact sign-flip "
+        "permutation test, which cannot fall below 2 / 2^pairs (0.0625 for five)."
     )
     heads = ("task", "method", "n", "mean", "std", "95% interval", "difference", "95% interval", "pairs")
     heads += ("p", "Holm", "flips")
@@ -257,18 +256,18 @@ def _cost_table(scores: ModelScores, suffix: str, where: str) -> Table:
     rows = []
     for variant in scores.trained:
         runs = variant_runs(scores, variant)
+        size = metric_mean(runs, "num_trained")
         values = [
-            (metric_mean(runs, "num_trained"), 1e-6, 2),
             (metric_mean(runs, "step_time"), 1e3, 1),
             (metric_mean(runs, "tokens_per_second"), 1, 0),
             (metric_mean(runs, "peak_memory"), 2**-30, 2),
             (metric_mean(runs, "train_seconds"), 1, 0),
         ]
-        if any(value is not None for value, _, _ in values):
+        if size is not None or any(value is not None for value, _, _ in values):
             cells = (
                 NONE if value is None else f"{value * scale:,.{digits}f}" for value, scale, digits in values
             )
-            rows.append((variant_label(variant), str(len(runs)), *cells))
+            rows.append((variant_label(variant), str(len(runs)), millions(size), *cells))
     caption = (
         f"Cost{where}: means over all runs of a method. Times are those of the machine and of what else ran on it "
         "at the time (see provenance); runs that share a device are slower than alone."
