@@ -119,9 +119,8 @@ def _curve(draw, score):
         done = 1 - 0.97 ** (step / 2)
         points.append({"step": step, "loss": 1.1 - 0.5 * done - score / 500 + draw.gauss(0, 0.02)})
         if step % 30 == 10:
-            points.append(
-                {"step": step, "eval_acc_norm": (score - 15 * (1 - done) + draw.gauss(0, 0.5)) / 100}
-            )
+            share = (score - 15 * (1 - done) + draw.gauss(0, 0.5)) / 100
+            points[-1] |= {"eval_loss": points[-1]["loss"] + 0.05, "eval_acc_norm": share}
     return points
 
 
