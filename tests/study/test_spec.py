@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from graphlora.errors import GraphLoraError
+from graphlora.study.plan import make_runs
 from graphlora.study.spec import Overrides, load_spec, read_spec, shipped_studies
+from graphlora.study.status import check_adapters
 
 GOOD = """\
 study: mine
@@ -85,7 +87,7 @@ def test_a_study_is_read(good):
         ("  lora: {", "  base: {", "mine.yaml:11: 'base' is the name of the base model's own record"),
         ("  lora: {", "  lo/ra: {", "mine.yaml:11: the name 'lo/ra' must be of letters"),
         ("  graphlora:", "  lora:", "mine.yaml:15: 'lora' is here a second time (first in line 11)"),
-        ("study: mine", "study: [", "mine.yaml:2: broken YAML"),
+        ("study: mine", "study: [", "mine.yaml:3: broken YAML"),
         ("study: mine", "study: mine\nevaluate: tset", "mine.yaml:2: evaluate is 'tset'; choose one of test"),
         ("study: mine", "study: mine\ntest_limit: 0", "mine.yaml:2: test_limit is 0"),
     ],
@@ -157,6 +159,12 @@ def test_every_shipped_study_is_read(name):
     assert spec.description
     assert (spec.evaluate == "validation") == (name == "tuning")
     assert name in shipped_studies()
+
+
+@pytest.mark.parametrize("name", sorted(shipped_studies()))
+def test_the_variants_of_shipped_studies_are_adapters(name):
+    spec = load_spec(name)
+    check_adapters(spec, make_runs(spec))
 
 
 def test_tuning_and_testing_share_no_seeds():

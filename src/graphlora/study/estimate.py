@@ -17,10 +17,10 @@ from graphlora.study.spec import BASE
 
 RULE = (
     "6 operations per parameter and token for training, 2 for scoring, 60 tokens per row, 2,000 rows per split "
-    "(or its limit), at 60 TFLOP/s on a GPU and 0.03 on a CPU, and 5 s per run; memory: 2 bytes per parameter "
-    "(4 on a CPU), and 40 bytes per layer, token of a batch and hidden value"
+    "(or its limit), at 60 TFLOP/s on a GPU and 0.03 on a CPU, and 5 s per run and 0.1 s per step; memory: 2 bytes "
+    "per parameter (4 on a CPU), and 40 bytes per layer, token of a batch and hidden value"
 )
-TOKENS_PER_ROW, ROWS, OVERHEAD = 60, 2000, 5.0
+TOKENS_PER_ROW, ROWS, PER_RUN, PER_STEP = 60, 2000, 5.0, 0.1
 GPU_SPEED, CPU_SPEED = 60e12, 0.03e12
 BYTES_PER_VALUE = 40
 UNKNOWN_PARAMETERS = 1e9
@@ -81,7 +81,7 @@ class Estimator:
             work += 2.0 * size.parameters * times * scored
         batch = recipe.per_device_train_batch_size * (recipe.max_length or 2 * TOKENS_PER_ROW)
         memory = size.parameters * (2 if self._on_gpu else 4) + BYTES_PER_VALUE * batch * size.layer_values
-        return Estimate(OVERHEAD + work / speed, memory, "rule")
+        return Estimate(PER_RUN + PER_STEP * steps + work / speed, memory, "rule")
 
 
 @dataclass(frozen=True)

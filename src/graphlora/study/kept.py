@@ -163,7 +163,8 @@ class KeptWorkbench(Workbench):
         """
         assert self._base is not None
         kept, self._base = self._base, None
-        model: Any = adapted.base_model.unload()
+        tuner: Any = adapted.base_model
+        model = tuner.unload()
         model.__dict__.pop("peft_config", None)
         model.eval()
         if fingerprint(model) != kept.fingerprint:

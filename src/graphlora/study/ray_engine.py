@@ -51,7 +51,7 @@ def run_on_ray(
         StudyInterrupted: Ctrl-C.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports] - an optional extra
     except ImportError as error:
         raise GraphLoraError("--engine ray needs Ray; pip install 'graphlora[ray]'") from error
     prepare(runs, folder, retry_failed)

@@ -74,7 +74,7 @@ def run_study(
         Number of runs that failed.
 
     Raises:
-        GraphLoraError: Wrong options, or a folder that cannot be written.
+        GraphLoraError: Wrong options, a folder that cannot be written, or a GPU that fails.
         StudyInterrupted: Ctrl-C or SIGTERM.
     """
     if workers < 1:
@@ -89,7 +89,10 @@ def run_study(
             else:
                 if places[0]:
                     os.environ["CUDA_VISIBLE_DEVICES"] = places[0]
-                work(runs, folder, progress)
+                if not work(runs, folder, progress):
+                    raise GraphLoraError(
+                        "the GPU can do no more work in this process; the same command goes on"
+                    )
     except KeyboardInterrupt as error:
         raise StudyInterrupted(
             f"stopped with {progress.ended} of {len(runs)} runs done; the same command goes on"
