@@ -110,13 +110,7 @@ def _draw(
         axes.plot(
             own, 0, "o", color=BLUE, markerfacecolor="white", markersize=13, markeredgewidth=2.4, zorder=5
         )
-        words = any(not value.replace(".", "").isdigit() for value, _ in panel.points)
-        ticks = [value for value, _ in panel.points]
-        axes.set_xticks(range(len(ticks)), ticks, rotation=0 if words or len(ticks) <= 8 else 60)
-        if words:  # on two levels, so that neighbors have room
-            for tick in axes.xaxis.get_major_ticks()[1::2]:
-                tick.set_pad(4 + 1.3 * FONT)
-        axes.set_xlim(-0.5, len(panel.points) - 0.5)
+        _setting_ticks(axes, panel)
         axes.set_title(panel.label, fontsize=FONT)
         axes.grid(axis="y", color="#e5e5e5")
     figure.supylabel(f"difference, {unit}", fontsize=FONT)
@@ -124,6 +118,16 @@ def _draw(
     labels = ["average over tasks" if name == AVERAGE else task_label(name) for name in names]
     legend(figure, [handles[name] for name in names], labels)
     return figure
+
+
+def _setting_ticks(axes: Any, panel: Panel) -> None:
+    words = any(not value.replace(".", "").isdigit() for value, _ in panel.points)
+    ticks = [value for value, _ in panel.points]
+    axes.set_xticks(range(len(ticks)), ticks, rotation=0 if words or len(ticks) <= 8 else 60)
+    if words:  # on two levels, so that neighbors have room
+        for tick in axes.xaxis.get_major_ticks()[1::2]:
+            tick.set_pad(4 + 1.3 * FONT)
+    axes.set_xlim(-0.5, len(panel.points) - 0.5)
 
 
 def _points(
