@@ -25,7 +25,7 @@ graphlora evaluate runs/mine --task my_rows.jsonl --split all --output scores.js
 graphlora evaluate runs/arc --task arc_easy social_iqa --harness lm-eval --compare
 """
 SHOWN_ITEMS = 20
-Score = Callable[[Any, Any, str, str | None], dict[str, Any]]
+Score = Callable[[Any, Any, str, str, str | None], dict[str, Any]]
 
 
 def build_parser() -> ArgumentParser:
@@ -48,7 +48,7 @@ def build_parser() -> ArgumentParser:
     scoring.add_argument("--truncate", action="store_true", help="cut prompts longer than the model's window")
     scoring.add_argument("--tokens_per_batch", type=int | None, default=None, help="batch size in tokens")
     harness = parser.add_argument_group("Harness")
-    harness.add_argument("--harness", type=Literal["lm-eval"] | None, default=None, help="who scores")
+    harness.add_argument("--harness", type=Literal["none", "lm-eval"], default="none", help="who scores")
     harness.add_argument(
         "--batch_size", type=int | None, default=None, help="its batch size in texts, 8 if unset"
     )
@@ -72,7 +72,7 @@ def run(arguments: Namespace) -> None:
 
     _check(arguments)
     started = time.perf_counter()
-    examples, score = _with_harness(arguments) if arguments.harness else _with_graphlora(arguments)
+    examples, score = _with_harness(arguments) if arguments.harness != "none" else _with_graphlora(arguments)
     model: Any
     model, tokenizer, adapter = load_for_use(
         arguments.model, arguments.base_model, arguments.dtype, arguments.device
@@ -83,9 +83,8 @@ def run(arguments: Namespace) -> None:
     for task in examples:
         if arguments.with_base:
             with model.disable_adapter():
-                base = score(model, tokenizer, task, None)
-            metrics |= {f"{name} (base)": summary for name, summary in base.items()}
-        metrics |= score(model, tokenizer, task, arguments.item_scores)
+                metrics |= score(model, tokenizer, task, " (base)", None)
+        metrics |= score(model, tokenizer, task, "", arguments.item_scores)
     _print_table(metrics)
     _print_comparisons(metrics)
     if arguments.output is not None:
@@ -107,9 +106,12 @@ def run(arguments: Namespace) -> None:
 def _check(arguments: Namespace) -> None:
     if arguments.item_scores and len(arguments.task) > 1:
         raise GraphLoraError(f"--item_scores takes one task at a time; {len(arguments.task)} were given")
-    if arguments.harness is None:
-        for option, value in (("--batch_size", arguments.batch_size), ("--compare", arguments.compare)):
-            if value:
+    if arguments.harness == "none":
+        for option, given in (
+            ("--batch_size", arguments.batch_size is not None),
+            ("--compare", arguments.compare),
+        ):
+            if given:
                 raise GraphLoraError(f"{option} needs --harness lm-eval")
     elif arguments.scoring != "cloze":
         raise GraphLoraError(f"--harness lm-eval scores cloze only; --scoring is {arguments.scoring!r}")
@@ -118,25 +120,25 @@ def _check(arguments: Namespace) -> None:
 def _config(arguments: Namespace) -> dict[str, Any]:
     """Everything that decides the run; options of the harness only where it scored."""
     left_out = {"output", "item_scores", "debug"}
-    if arguments.harness is None:
+    if arguments.harness == "none":
         left_out |= {"harness", "batch_size", "compare"}
     return {key: value for key, value in arguments.as_dict().items() if key not in left_out}
 
 
 def _with_graphlora(arguments: Namespace) -> tuple[dict[str, Any], Score]:
-    """Examples of every task, and how one task is scored: model, tokenizer, task, file for items -> metrics."""
+    """Examples of every task, and how one is scored: model, tokenizer, task, its label's end, file for items."""
     from graphlora.tasks import load_examples
 
     options = {"data_dir": arguments.data_dir, "limit": arguments.limit, "seed": arguments.seed}
     examples = {task: load_examples(task, arguments.split, **options) for task in arguments.task}
 
-    def score(model: Any, tokenizer: Any, task: str, path: str | None) -> dict[str, Any]:
+    def score(model: Any, tokenizer: Any, task: str, suffix: str, path: str | None) -> dict[str, Any]:
         from graphlora.evaluation.multiple_choice import summarize, write_items
 
         results = _own_results(model, tokenizer, examples[task], arguments)
         if path is not None:
             write_items(results, path)
-        return {task: summarize(results)}
+        return {f"{task}{suffix}": summarize(results)}
 
     return examples, score
 
@@ -154,7 +156,7 @@ def _with_harness(arguments: Namespace) -> tuple[dict[str, Any], Score]:
                     f"{option} needs items of graphlora's tasks; {name!r} is the harness's own"
                 )
 
-    def score(model: Any, tokenizer: Any, task: str, path: str | None) -> dict[str, Any]:
+    def score(model: Any, tokenizer: Any, task: str, suffix: str, path: str | None) -> dict[str, Any]:
         from graphlora.evaluation.harness import BATCH_SIZE, compared, run_harness
         from graphlora.evaluation.multiple_choice import summarize, write_items
 
@@ -162,17 +164,17 @@ def _with_harness(arguments: Namespace) -> tuple[dict[str, Any], Score]:
             model,
             tokenizer,
             [tasks[task]],
-            batch_size=arguments.batch_size or BATCH_SIZE,
+            batch_size=BATCH_SIZE if arguments.batch_size is None else arguments.batch_size,
             limit=arguments.limit,
             truncate=arguments.truncate,
         )
         if path is not None:
             write_items(results[task].items or (), path)
-        metrics = {name: result.summary for name, result in results.items()}
+        metrics = {f"{name}{suffix}": result.summary for name, result in results.items()}
         if arguments.compare:
             own = _own_results(model, tokenizer, tasks[task].examples, arguments)
-            metrics[task]["comparison"] = compared(results[task].items or (), own)
-            metrics[f"{task} (graphlora)"] = summarize(own)
+            metrics[f"{task}{suffix}"]["comparison"] = compared(results[task].items or (), own)
+            metrics[f"{task}{suffix} (graphlora)"] = summarize(own)
         return metrics
 
     return {name: task.examples or () for name, task in tasks.items()}, score
