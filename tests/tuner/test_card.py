@@ -29,6 +29,21 @@ def test_saving_writes_a_card_that_says_what_the_adapter_is(make_adapted, tmp_pa
     assert "[More Information Needed]" not in card.text
 
 
+def test_the_card_of_another_method_is_its_own(make_adapted, tmp_path):
+    expected = {
+        "mola": "has 2, 4, 6, 8 (low to high) LoRA experts of rank\n2; a router, a linear layer, picks 2 of them",
+        "hydralora": "Each adapted projection has 3 LoRA experts of rank\n2; a router, a linear layer, weighs all",
+        "dynmole": "picks as many as have mass 0.75",
+    }
+    for preset, part in expected.items():
+        counts = {"num_experts": None if preset == "mola" else 3}
+        make_adapted(preset=preset, **counts).save_pretrained(tmp_path / preset)
+        text = (tmp_path / preset / "README.md").read_text()
+        assert part in text
+        assert f"# Mixture of LoRA experts, preset {preset}" in text
+        assert "# GraphLoRA adapter" not in text
+
+
 def test_saving_twice_writes_one_section(make_adapted, tmp_path):
     model = make_adapted()
     model.save_pretrained(tmp_path)

@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from graphlora.tuner.config import GraphLoraConfig
 
 _BEGIN, _END = "<!-- graphlora -->", "<!-- /graphlora -->"
+_UNITS = {"block": "FFN block", "projection": "projection"}
+_SELECTIONS = {
+    "top_k": "picks {0.top_k} of them",
+    "dense": "weighs all of them",
+    "top_p": "picks as many as have mass {0.router_top_p:g}",
+    "sparsegen": "picks as many as it predicts",
+}
+_COUNTS = {"top_k": "{0.top_k}", "dense": "all", "top_p": "at least {0.top_k}", "sparsegen": "varying"}
 _TEMPLATE_TITLE, _VERSIONS = "# Model Card for Model ID", "### Framework versions"
 
 
@@ -39,6 +47,17 @@ def describe_in_model_card(config: GraphLoraConfig, directory: str) -> None:
     card.save(path)
 
 
+def _introduction(config: GraphLoraConfig) -> str:
+    """Title and first sentence."""
+    made = "made with\n[graphlora](https://pypi.org/project/graphlora/)."
+    if config.router_type == "linear":
+        return (
+            f"# Mixture of LoRA experts, preset {config.preset}\n\nLoRA experts with a linear router, {made}"
+        )
+    paper = "[arXiv 2412.16216](https://arxiv.org/abs/2412.16216)"
+    return f"# GraphLoRA adapter\n\nLoRA experts that collaborate over a graph ({paper}), {made}"
+
+
 def model_card_section(config: GraphLoraConfig) -> str:
     """The section itself, Markdown."""
     edges = f"{len(config.edges)} given edges" if config.edges is not None else f"{config.edge_init} edges"
@@ -48,25 +67,28 @@ def model_card_section(config: GraphLoraConfig) -> str:
         if config.router_type == "graph"
         else "a linear layer"
     )
+    by_layer = config.num_experts_by_layer
+    num_experts = ", ".join(map(str, by_layer)) + " (low to high)" if by_layer else str(config.num_experts)
     attention = ", ".join(sorted(config.attention_target_modules or [])) or "none"
+    kind = "routers and experts" if config.attention_experts else "plain LoRA"
+    unit, count = _UNITS[config.router_scope], _COUNTS[config.router_gate].format(config)
     targets = config.target_modules
     blocks = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
     return f"""{_BEGIN}
-# GraphLoRA adapter
-
-LoRA experts that collaborate over a graph ([arXiv 2412.16216](https://arxiv.org/abs/2412.16216)), made with
-[graphlora](https://pypi.org/project/graphlora/). Each adapted FFN block has {config.num_experts} LoRA experts of rank
-{config.r}; a router, {router}, picks {config.top_k} of them for every token.
+{_introduction(config)}
+Each adapted {unit} has {num_experts} LoRA experts of rank
+{config.r}; a router, {router}, {_SELECTIONS[config.router_gate].format(config)} for every token.
 
 | | |
 |---|---|
 | base model | {config.base_model_name_or_path} |
 | preset | {config.preset} |
 | FFN blocks | {blocks} |
-| attention projections with plain LoRA | {attention} |
-| experts, selected per token, rank, alpha | {config.num_experts}, {config.top_k}, {config.r}, {config.lora_alpha:g} |
+| attention projections with {kind} | {attention} |
+| experts, selected per token, rank, alpha | {num_experts}, {count}, {config.r}, {config.lora_alpha:g} |
 | granularity | {config.expert_granularity} |
 | Poisson and normal loss coefficients | {config.router_poisson_loss_coef:g}, {config.router_normal_loss_coef:g} |
+| balance loss | {config.router_aux_loss_form} times {config.router_aux_loss_coef:g} |
 
 ```python
 import graphlora  # registers the method with PEFT
