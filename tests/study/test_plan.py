@@ -1,5 +1,7 @@
 """Which runs a study has, and that their names are their configurations."""
 
+import json
+
 import pytest
 
 from graphlora.errors import GraphLoraError
@@ -109,10 +111,9 @@ def test_data_are_looked_at_before_the_first_run(tmp_path):
     with pytest.raises(GraphLoraError, match="unknown task 'quizz'"):
         missing_data(runs_of(tasks=["quizz"]))
     texts = tmp_path / "texts.jsonl"
-    texts.write_text(
-        '{"prompt": "a", "completion": " b", "split": "test"}\n' * 3
-        + '{"prompt": "c", "completion": " d", "split": "train"}\n' * 30
-    )
+    splits = ["test"] * 3 + ["train"] * 30
+    rows = [{"prompt": f"a{n}", "completion": " b", "split": split} for n, split in enumerate(splits)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(GraphLoraError, match="has no choices to score; set metric: loss"):
         missing_data(runs_of(tasks=[str(texts)]))
     missing_data(runs_of(tasks=[str(texts)], metric="loss", evaluate="validation"))
