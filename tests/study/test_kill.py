@@ -40,6 +40,7 @@ def long_study(study_values, tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_ten_kills_leave_the_same_records(long_study, tmp_path):
     words = [sys.executable, "-W", "ignore", str(SCRIPT), str(long_study), str(tmp_path), "10", "7"]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -74,6 +75,7 @@ def start(study: Path, results: Path, *words: object) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_ctrl_c_stops_all(long_study, tmp_path):
     folder = tmp_path / "r" / "tiny"
     process = start(long_study, tmp_path / "r", "--workers", 2)

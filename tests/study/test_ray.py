@@ -20,6 +20,7 @@ kills = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(kills)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'graphlora[ray]'"
 )
