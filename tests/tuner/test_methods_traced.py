@@ -5,6 +5,7 @@ import torch
 from host_reads import Calls
 from peft import get_peft_model
 from tiny_llama import gradients, make_base, make_batch, wake
+from torch.utils.flop_counter import FlopCounterMode
 
 from graphlora import GraphLoraConfig
 
@@ -37,6 +38,23 @@ def test_nothing_is_read_on_the_host(preset):
             model(**batch).loss.backward()
         assert not calls.waits()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("preset", PER_PROJECTION)
+def test_the_frozen_product_is_computed_once_whatever_the_number_of_experts(preset):
+    """2 T (d f) for the frozen layer, 2 T N d for the router, 2 T r (M d + N f) for M matrices A and N matrices B."""
+    model = model_of(preset)
+    layer = next(m for m in model.modules() if getattr(m, "block_name", "").endswith("up_proj")).eval()
+    tokens, d, f, r = 12, 16, 32, 2
+    n, m = (
+        len(t) for t in (layer.graphlora_experts["default"].lora_B, layer.graphlora_experts["default"].lora_A)
+    )
+    assert m == (1 if preset == "hydralora" else n)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.randn(tokens, d))
+    predictor = 2 * tokens * 8 * d if preset == "ld_mole" else 0
+    expected = 2 * tokens * (d * f + n * d + r * (m * d + n * f)) + predictor
+    assert counter.get_total_flops() == expected
 
 
 @pytest.fixture

@@ -24,12 +24,15 @@ graphlora info runs/arc --json | jq .layers[0].expert_load
 SHOWN = (
     "preset",
     "num_experts",
+    "num_experts_by_layer",
     "top_k",
     "r",
     "lora_alpha",
     "lora_dropout",
     "expert_granularity",
     "router_type",
+    "router_scope",
+    "router_gate",
     "router_conv",
     "router_num_layers",
     "router_hidden_size",
@@ -37,6 +40,7 @@ SHOWN = (
     "edge_density",
     "target_modules",
     "attention_target_modules",
+    "attention_experts",
     "modules_to_save",
 )
 BLOCKS = " ▁▂▃▄▅▆▇█"
