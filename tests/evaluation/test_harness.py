@@ -1,5 +1,6 @@
 """lm-evaluation-harness and our own scoring answer the same items with the same likelihoods."""
 
+import copy
 import json
 from functools import partial
 from importlib.metadata import version
@@ -9,6 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_llama import adapter_config, make_base, wake
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from graphlora.errors import GraphLoraError
 from graphlora.evaluation.harness import compared, run_harness
@@ -191,6 +194,20 @@ def test_scores_are_in_float32_under_a_bfloat16_model(adapted, tokenizer, data_d
     found = run_harness(model, tokenizer, tasks)["arc_easy"]
     scores = torch.tensor([score for item in found.items for score in item.scores])
     assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token_agrees(adapted, tokenizer, data_dir):
+    begins = PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), bos_token="<s>", eos_token="</s>"
+    )
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begins.bos_token_id)]
+    )
+    assert begins("sky").input_ids == [begins.bos_token_id, *tokenizer("sky").input_ids]
+    tasks = load_harness_tasks(["arc_easy"], "test", data_dir=data_dir)
+    found, own = both(adapted, begins, tasks)["arc_easy"]
+    assert compared(found.items, own)["largest_gap"] < 1e-4
+    assert compared(found.items, score_examples(adapted, tokenizer, tasks[0].examples))["largest_gap"] > 0.01
 
 
 def test_a_prompt_beyond_the_window_is_cut_only_on_demand(tokenizer, data_dir):
