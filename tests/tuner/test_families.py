@@ -10,6 +10,7 @@ import transformers
 
 from graphlora import GraphLoraConfig
 from graphlora.tuner.layer import GraphLoraLayer, GraphLoraLinear
+from graphlora.tuner.projection import GraphLoraProjection
 
 COMMON = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA_LIKE = {
@@ -202,3 +203,40 @@ def test_linear_granularity_starts_as_base_in_every_layout(name):
     tolerance = 1e-6 * float(base_logits.abs().max())
     torch.testing.assert_close(_logits(model), base_logits, rtol=1e-6, atol=tolerance)
     assert _train(model)[1] == []
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "gpt2", "opt", "falcon_7b", "t5", "t5_gated"])
+def test_a_router_per_projection_in_every_layout(name, tmp_path):
+    family = FAMILIES[name]
+    base = family.build()
+    base_logits, base_state = _logits(base), list(base.state_dict())
+    options = {"preset": "mola", "num_experts_by_layer": [2, 3], "lora_dropout": 0.0, "num_experts": None}
+    model = peft.get_peft_model(base, _config(family, **options)).eval()
+    adapted = [m for m in model.modules() if isinstance(m, GraphLoraProjection)]
+    per_block = len(adapted) - family.attention
+    assert per_block in (2 * family.blocks, 3 * family.blocks)
+    assert {m.router("default").num_experts for m in adapted} == {2, 3}
+    assert torch.equal(_logits(model), base_logits)
+    losses, idle = _train(model)
+    assert losses[-1] < 0.97 * losses[0]
+    assert idle == []
+    trained = _logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(family.build(), tmp_path, adapter_name="other").eval()
+    torch.testing.assert_close(_logits(loaded), trained, rtol=1e-5, atol=1e-5)
+    restored = model.unload()
+    assert torch.equal(_logits(restored), base_logits)
+    assert list(restored.state_dict()) == base_state
+
+
+def test_cross_attention_counts_the_encoders_tokens():
+    family = FAMILIES["t5"]
+    model = peft.get_peft_model(family.build(), _config(family, preset="mola", num_experts=2))
+    sides = {m.block_name: m.side for m in model.modules() if isinstance(m, GraphLoraProjection)}
+    cross = "decoder.block.0.layer.1.EncDecAttention."
+    assert [sides[cross + name] for name in "qkvo"] == ["decoder", "encoder", "encoder", "decoder"]
+    batch = {**_batch(), "labels": _batch()["labels"][:, :5]}
+    with model.base_model.record_routing() as record:
+        model(**batch)
+    tokens = {name: len(routing.router_logits) for name, routing in record.items()}
+    assert {name: 18 if side == "encoder" else 10 for name, side in sides.items()} == tokens

@@ -4,7 +4,7 @@ import pytest
 import torch
 from host_reads import Calls
 from peft import get_peft_model
-from tiny_llama import gradients, make_base, make_batch, wake
+from tiny_llama import assert_same, gradients, make_base, make_batch, wake
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphlora import GraphLoraConfig
@@ -21,11 +21,11 @@ METHODS = {
 PER_PROJECTION = [name for name in METHODS if name != "mixlora"]
 
 
-def model_of(preset, **base):
+def model_of(preset, **options):
     # transformers' own masks ask the device for padding unless a graph is being captured, or attention is "eager".
-    base = make_base(attn_implementation="eager", use_cache=False, num_hidden_layers=2, **base)
-    options = {"task_type": "CAUSAL_LM", "r": 2, "router_hidden_size": 8, "lora_dropout": 0.0}
-    model = get_peft_model(base, GraphLoraConfig(preset=preset, **{**options, **METHODS[preset]}))
+    base = make_base(attn_implementation="eager", use_cache=False, num_hidden_layers=2)
+    small = {"task_type": "CAUSAL_LM", "r": 2, "router_hidden_size": 8, "lora_dropout": 0.0}
+    model = get_peft_model(base, GraphLoraConfig(preset=preset, **small, **METHODS[preset], **options))
     wake(model)
     return model.train()
 
@@ -81,6 +81,18 @@ def test_one_decoder_layer_is_one_graph(preset):
     torch.testing.assert_close(found, inner.layers[0](x, position_embeddings=position), rtol=1e-5, atol=1e-5)
     found.sum().backward()
     assert any(grad.any() for grad in gradients(model).values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on CPU tensors in Triton's interpreter")
+@pytest.mark.parametrize("preset", ["mola", "hydralora", "dynmole", "ld_mole"])
+def test_the_fused_sums_count_dense_and_varying_selections(preset):
+    models = [model_of(preset, backend="torch"), model_of(preset, backend="triton")]
+    for model in models:
+        model(**make_batch([5, 8, 3])).loss.backward()
+    for name, stats in models[0].base_model.routing_stats().items():
+        found = models[1].base_model.routing_stats()[name]["expert_load"]
+        assert found == pytest.approx(stats["expert_load"], abs=1e-6)
+    assert_same(gradients(models[0]), gradients(models[1]), 1e-5)
 
 
 @pytest.mark.parametrize("preset", METHODS)

@@ -14,6 +14,9 @@ from graphlora.tuner.projection import GraphLoraProjection
 from graphlora.tuner.record import Recorder
 from graphlora.tuner.tuner_layer import RoutedLayer, TunerLayer
 
+_CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}
+_KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value"}
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -87,8 +90,12 @@ class Placement:
         return GraphLoraLayer(parts, *where)
 
     def _side(self, key: str) -> str:
-        is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        return "encoder" if is_encoder_decoder and "encoder" in key.split(".") else "decoder"
+        """Whose tokens the module sees: keys and values of cross-attention see the encoder's."""
+        parts = key.split(".")
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return "decoder"
+        crosses = not _CROSS_ATTENTION.isdisjoint(parts) and parts[-1] in _KEYS_AND_VALUES
+        return "encoder" if "encoder" in parts or crosses else "decoder"
 
     def _depth(self, key: str) -> tuple[int, int]:
         """Index of the layer that holds the module, and the number of layers; `(0, 1)` outside of layers."""
