@@ -235,7 +235,7 @@ def test_cross_attention_counts_the_encoders_tokens():
     sides = {m.block_name: m.side for m in model.modules() if isinstance(m, GraphLoraProjection)}
     cross = "decoder.block.0.layer.1.EncDecAttention."
     assert [sides[cross + name] for name in "qkvo"] == ["decoder", "encoder", "encoder", "decoder"]
-    batch = {**_batch(), "labels": _batch()["labels"][:, :5]}
+    batch = {**_batch(), "labels": _batch()["labels"][:, :5].contiguous()}
     with model.base_model.record_routing() as record:
         model(**batch)
     tokens = {name: len(routing.router_logits) for name, routing in record.items()}
