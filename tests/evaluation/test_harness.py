@@ -86,7 +86,7 @@ OTHER_ROWS = {
 
 
 def write(folder, split, rows):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -257,45 +257,46 @@ def test_a_difference_is_found(adapted, tokenizer, data_dir):
 
 
 @pytest.fixture
-def few_tasks(monkeypatch):
-    """The harness's list of tasks, cut to one of its folders, so that it is read at once."""
+def few_tasks(monkeypatch, tmp_path):
+    """The harness's list of tasks, cut to SciQ and a group of it, so that it is read at once; with SciQ's data."""
     import lm_eval.tasks
 
-    place = str(files("lm_eval") / "tasks" / "sciq")
-    few = partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=place)
+    group = {"group": "mine", "task": ["sciq"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "groups" / "mine.yaml").write_text(json.dumps(group))
+    places = [str(files("lm_eval") / "tasks" / "sciq"), str(tmp_path / "groups")]
+    few = partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=places)
 
     def manager(include_defaults=True):
         return few() if include_defaults else lm_eval.tasks.manager.TaskManager(include_defaults=False)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    row = {"support": "the sky is blue.", "correct_answer": "blue"}
+    row |= {f"distractor{place}": COLORS[place] for place in (1, 2, 3)}
+    for split in ("train", "validation", "test"):
+        rows = [row | {"question": f"sky {number}?"} for number in range(6)]
+        write(tmp_path / "allenai" / "sciq", split, rows)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.usefixtures("few_tasks")
-def test_a_task_of_the_harness_has_its_own_data_and_metrics(adapted, tokenizer, tmp_path, monkeypatch):
-    rows = [
-        {
-            "question": f"sky {n}?",
-            "support": "the sky is blue.",
-            "correct_answer": "blue",
-            **{f"distractor{i}": COLORS[i] for i in (1, 2, 3)},
-        }
-        for n in range(6)
-    ]
-    for split in ("train", "validation", "test"):
-        (tmp_path / "allenai" / "sciq").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "allenai" / "sciq" / f"{split}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
-    monkeypatch.chdir(tmp_path)
+def test_a_task_of_the_harness_has_its_own_data_and_metrics(adapted, tokenizer):
     (task,) = load_harness_tasks(["sciq"], "test")
     assert task.examples is None
     found = run_harness(adapted, tokenizer, [task], limit=4)
     assert set(found) == {"sciq"}
     assert found["sciq"].items is None
     assert found["sciq"].summary["n"] == 4
-    assert {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n", "task_version"} == set(
-        found["sciq"].summary
-    )
+    metrics = {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    assert set(found["sciq"].summary) == metrics | {"n", "task_version"}
+
+
+@pytest.mark.usefixtures("few_tasks")
+def test_a_group_of_the_harness_comes_with_its_tasks(adapted, tokenizer):
+    found = run_harness(adapted, tokenizer, load_harness_tasks(["mine"], "test"))
+    assert list(found) == ["mine", "sciq"]
+    assert found["mine"].summary["acc"] == found["sciq"].summary["acc"]
+    assert found["mine"].summary["n"] == found["sciq"].summary["n"] == 6
 
 
 @pytest.mark.usefixtures("few_tasks")

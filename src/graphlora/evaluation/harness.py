@@ -184,9 +184,7 @@ def _summary(output: dict[str, Any], name: str) -> dict[str, Any]:
             continue
         label = metric if chosen in ("", "none") else key
         summary[label] = value if isinstance(value, (int, float)) else None
-    count = output.get("n-samples", {}).get(name, {}).get("effective")
-    version = output.get("versions", {}).get(name)
-    return {"n": count, **summary, "task_version": version}
+    return {"n": values["sample_len"], **summary, "task_version": output["versions"].get(name)}
 
 
 @contextmanager
