@@ -46,7 +46,10 @@ TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
 PICTURES = {
     "targets": ("targets.png", "Measured value of every target relative to what it must reach"),
     "steps": ("step_time.png", "Step time of every candidate relative to the frozen model"),
-    "matrix": ("ffn_matrix.png", "Time of the adapted FFN relative to the frozen one over tokens, rank and skew"),
+    "matrix": (
+        "ffn_matrix.png",
+        "Time of the adapted FFN relative to the frozen one over tokens, rank and skew",
+    ),
 }
 
 

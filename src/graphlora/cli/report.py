@@ -15,7 +15,7 @@ comparisons with a reference, stability as a ratio of variances, costs, routing 
 of them, as one HTML page that needs nothing else, as Markdown, as LaTeX tables and as PNG and SVG files.
 
 Records of a tree with uncommitted changes, and of other commits than the one of most records, are left out
-and counted; --include-dirty and --all-commits keep and mark them. Needs matplotlib (pip install
+and counted; --include_dirty and --all_commits keep and mark them. Needs matplotlib (pip install
 'graphlora[plots]') for html, png and svg. Reads records only: no model, no torch, no GPU."""
 EXAMPLE = """
 graphlora report results

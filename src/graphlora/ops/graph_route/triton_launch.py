@@ -221,7 +221,7 @@ def backward(
     z: Tensor, square_sum: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
     residual: float, act: str, eps: float, norm_topk_prob: bool, graph_normalized: bool, graph_grad: bool, x_grad: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, P_x, the expert features, W, S, p and Â; empty where not asked for. Nine launches without the last.
+    """Gradients of x, P_x, the expert features, W, S, p and Â; empty where not asked for. Nine launches but for Â.
 
     `proj`, `conv_rounded` and `self_rounded` are as the products of the forward pass took them.
     """
