@@ -297,6 +297,23 @@ def test_the_loop_over_experts_gives_the_same(make, method):
     )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_bases_keep_float32_routing(method):
+    base = make_base().to(torch.bfloat16)
+    model = get_peft_model(base, GraphLoraConfig(preset=method, **{**SMALL, "lora_dropout": 0.0})).train()
+    wake(model)
+    with model.base_model.record_routing() as record:
+        out = model(**make_batch([5, 8, 3]))
+    assert out.logits.dtype == torch.bfloat16
+    assert out.aux_loss.dtype == torch.float32
+    assert {t.dtype for r in record.values() for t in (r.router_logits, r.router_probs, r.top_k_weights)} == {
+        torch.float32
+    }
+    out.loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+
+
 def test_two_adapters_of_one_kind_live_side_by_side(make):
     batch = make_batch([5, 8, 3])
     model = make(preset="mola")

@@ -128,7 +128,7 @@ def _record_lines(record: dict[str, Any] | None) -> list[str]:
 
 def _load_lines(layers: list[dict[str, Any]]) -> list[str]:
     """One line per block: a bar per expert, full height at twice the fair share."""
-    lines = ["expert load per FFN block (a bar per expert; full: twice the fair share)"]
+    lines = ["expert load per router (a bar per expert; full: twice the fair share)"]
     width = max(len(layer["module"]) for layer in layers)
     for layer in layers:
         load = layer["expert_load"]

@@ -49,7 +49,7 @@ def balance_losses(
         if form == "switch_all_layers":
             values = [_over_all_layers(same_size) for same_size in _by_num_experts(groups)]
         else:
-            values = [_balance(group, form, num_samples).to(device) for group in groups]
+            values = [_balance(group, form, num_samples) for group in groups]
         per_router = torch.cat([value.to(device) for value in values])
         balance = per_router.sum() if form in _SUMMED else per_router.mean()
         total = total + config.router_aux_loss_coef * balance
