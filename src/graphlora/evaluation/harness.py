@@ -140,11 +140,13 @@ def compared(harness: Sequence[ItemResult], own: Sequence[ItemResult]) -> dict[s
 def _language_model(model: nn.Module, tokenizer: Any, window: int | None, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]  # an extra
 
+    # The harness's decorators hide its signatures from type checkers.
+    harness_model: Any = HFLM
     arguments: dict[str, Any] = {} if window is None else {"max_length": window}
     # It warns that the arguments for loading a model are ignored; none are given.
     with _only_errors("lm_eval.models.huggingface"):
-        return HFLM(
-            pretrained=_Loaded(model),  # pyright: ignore[reportArgumentType]  # it calls it and reads its attributes
+        return harness_model(
+            pretrained=_Loaded(model),
             tokenizer=tokenizer,
             backend="causal",
             batch_size=batch_size,
@@ -156,11 +158,12 @@ def _language_model(model: nn.Module, tokenizer: Any, window: int | None, batch_
 def _evaluate(language_model: Any, task: HarnessTask, limit: int | None) -> dict[str, Any]:
     from lm_eval import evaluate  # pyright: ignore[reportMissingImports]  # an extra
 
+    run: Any = evaluate
     for part in task.loaded["tasks"].values():
         if part.get_config("num_fewshot") is None:
             part.set_config("num_fewshot", 0)
         part.set_fewshot_seed(FEWSHOT_SEED)
-    return evaluate(language_model, task_dict=task.loaded, limit=limit, log_samples=task.examples is not None)
+    return run(language_model, task_dict=task.loaded, limit=limit, log_samples=task.examples is not None)
 
 
 def _scores(samples: Sequence[dict[str, Any]]) -> list[list[float]]:

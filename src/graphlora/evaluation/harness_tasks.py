@@ -194,7 +194,8 @@ def _load(name: str, content: dict[str, Any], data: datasets.Dataset) -> dict[st
             "num_fewshot": 0,
         }
         definition.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
-        return TaskManager(include_defaults=False).load(str(definition))
+        manager: Any = TaskManager(include_defaults=False)
+        return manager.load(str(definition))
 
 
 def _definition_file(name: str, definition: Definition) -> Path:
@@ -225,7 +226,7 @@ def _harness_tasks(names: Sequence[str]) -> list[HarnessTask]:
     """The harness's own tasks; its list of them takes seconds to read."""
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]  # an extra
 
-    manager = TaskManager()
+    manager: Any = TaskManager()
     for name in names:
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks, n=3)

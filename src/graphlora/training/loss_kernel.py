@@ -55,7 +55,9 @@ def _why_not(device: torch.device, step_mode: StepMode) -> str | None:
 
 
 def _options(model_type: str) -> dict[str, bool] | None:
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from liger_kernel.transformers.monkey_patch import (  # pyright: ignore[reportMissingImports]  # an extra
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+    )
 
     patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
     parameters = {} if patch is None else inspect.signature(patch).parameters
