@@ -91,5 +91,4 @@ def test_cost_measures_time_speed_and_memory():
     summary = cost.summary()
     assert cost.wall_time > 0
     assert summary["tokens_per_second"] == pytest.approx(25 * summary["samples_per_second"], rel=1e-3)
-    assert cost.peak_memory == peak_resident()
-    assert 10**7 < cost.peak_memory < 10**12
+    assert 10**7 < cost.peak_memory <= peak_resident() < 10**12
