@@ -118,7 +118,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_to_go_on(graphlora, train_
 
 
 def test_ctrl_c_before_training_is_quiet(train_words, tmp_path):
-    """While the model loads. Earlier, Python itself starts, or an import drops the interrupt: then try other moments."""
+    """While the model loads. Earlier, Python itself starts, or an import drops it: then try other moments."""
     for wait in (0.8, 1.5, 2.2, 3, 5):
         process = subprocess.Popen(
             [*COMMAND, *map(str, train_words), "--output_dir", str(tmp_path / f"out{wait}")],
