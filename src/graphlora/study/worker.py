@@ -88,6 +88,8 @@ def terminable() -> Iterator[None]:
     """Work that SIGTERM ends as Ctrl-C does; outside of the main thread nothing changes."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        # A second signal (the parent asks, and its end is noticed) must not cut off what the first one ends.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
