@@ -114,7 +114,7 @@ def main() -> None:
     """The tile sizes of `tile_plan` at 8,192 tokens of the Llama3-8B shape."""
     import torch
 
-    from graphlora.ops.expert_ffn.triton import tile_plan
+    from graphlora.ops.expert_ffn.triton_launch import tile_plan
 
     print(
         f"{'kernel':<24}{'dtype':>6}{'registers':>11}{'spilled':>9}{'shared':>8}{'instructions/element':>22}"

@@ -1,6 +1,7 @@
 """Tries tile sizes of the expert FFN's kernels on this GPU: `python -m benchmarks.tune_expert_ffn OUT.jsonl`.
 
-Prints device microseconds per kernel for each plan; `graphlora.ops.expert_ffn.triton.tile_plan` holds what was best.
+Prints device microseconds per kernel for each plan. What is best belongs into `tile_plan` of
+`graphlora.ops.expert_ffn.triton_launch`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WEIGHT = [
 
 def plans() -> list[Any]:
     """Combinations of the sizes above, each size in at least one plan."""
-    from graphlora.ops.expert_ffn.triton import TilePlan, Tiles
+    from graphlora.ops.expert_ffn.triton_launch import TilePlan, Tiles
 
     found = []
     for i in range(max(len(FORWARD), len(TOKEN), len(WEIGHT))):
@@ -58,7 +59,7 @@ def run(plan: Any, tokens: int, d: int, f: int, r: int, skew: bool, steps: int) 
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from graphlora.ops.expert_ffn import triton as path
+    from graphlora.ops.expert_ffn import triton_launch as path
 
     path.tile_plan = lambda *_: plan
     torch.manual_seed(0)

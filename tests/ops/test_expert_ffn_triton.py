@@ -8,7 +8,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 from graphlora.errors import GraphLoraError
 from graphlora.ops.backend import interprets_triton
-from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn, LoraMasks, expert_ffn_eager, triton
+from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn, LoraMasks, expert_ffn_eager, triton_launch
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
 from graphlora.ops.expert_ffn.triton import expert_ffn_triton
 from graphlora.ops.expert_ffn.triton_plan import PlanShape, make_plan
@@ -236,7 +236,7 @@ def test_a_plan_covers_every_row_once_with_its_experts(rows, num_experts, top_k)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"act": DifferentiableAct(F.relu)}, "this activation"),
+        ({"act": DifferentiableAct(F.relu)}, "the activation relu"),
         ({"r": 65}, "r over 64"),
         ({"dtype": torch.float64}, "float64"),
     ],
@@ -287,6 +287,6 @@ def test_a_cuda_graph_replays_forward_and_backward():
 def test_tile_plans_exist_for_every_size():
     for tokens in (1, 64, 1024, 8192, 131072):
         for dtype in (torch.float32, torch.bfloat16):
-            plan = triton.tile_plan(tokens, 14336, 64, dtype)
+            plan = triton_launch.tile_plan(tokens, 14336, 64, dtype)
             assert plan.forward.tokens == plan.token_gradient.tokens
             assert plan.chunk >= 64

@@ -20,8 +20,8 @@ def resolve_backend(backend: str, device_type: str = "cpu", unsupported: str | N
     """The path that runs for a configured `backend`.
 
     `"eager"` loops over the experts and reads like the paper; `"torch"` shares the frozen projections between the
-    experts and recomputes what is cheap; `"triton"` does the same in fused kernels; `"auto"` picks what
-    was measured to be the fastest: `"torch"`, as long as the kernels were not run on a GPU.
+    experts and recomputes what is cheap; `"triton"` does the same in fused kernels; `"auto"` takes
+    `"torch"` as long as the kernels were not run on a GPU.
 
     Args:
         backend: the configured name.

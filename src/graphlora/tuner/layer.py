@@ -14,6 +14,7 @@ from graphlora.moe_decode import moe_ffn_decode
 from graphlora.ops.backend import resolve_backend
 from graphlora.ops.decode import few_tokens, lora_linear_decode
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn
+from graphlora.ops.expert_ffn.support import unsupported
 from graphlora.ops.lora_linear import add_low_rank, lora_linear, plain_matrix
 from graphlora.router import CenteredRouter, GraphRouter, build_adjacency
 from graphlora.tuner.config import GraphLoraConfig
@@ -23,9 +24,6 @@ from graphlora.tuner.tuner_layer import RoutedLayer, TunerLayer, from_pattern
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _DECODE_TOP_K = 8
-# What the kernels of graphlora.ops.expert_ffn.triton know, which is imported only where they run.
-_KERNEL_EXPERTS, _KERNEL_TOP_K, _KERNEL_RANK = 64, 8, 64
-_KERNEL_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # Asked while a layer is traced; its answer, and its warning, belong to the traced code.
 _resolve_backend = torch.compiler.assume_constant_result(resolve_backend)
 
@@ -91,13 +89,9 @@ class GraphLoraLayer(RoutedLayer):
         """What the Triton kernels do not support of this block, as the end of a sentence."""
         if config.expert_granularity == "linear":
             return None
-        if not self.parts.gated:
-            return "FFN blocks without a gate"
-        if self.parts.act.name not in _KERNEL_ACTIVATIONS:
-            return f"the activation {self.parts.act.name or type(self.parts.act.act).__name__}"
-        if num_experts > _KERNEL_EXPERTS or config.top_k > _KERNEL_TOP_K or r > _KERNEL_RANK:
-            return f"more than {_KERNEL_EXPERTS} experts, top_k over {_KERNEL_TOP_K} or r over {_KERNEL_RANK}"
-        return "the base model's own dropout inside the FFN" if self.parts.hidden_dropout() else None
+        parts, act = self.parts, self.parts.act
+        name = act.name or type(act.act).__name__
+        return unsupported(parts.gated, name, num_experts, config.top_k, r, parts.hidden_dropout() > 0)
 
     def _experts(self, projection: str, adapter_name: str) -> LoraExperts:
         return cast(LoraExperts, getattr(self, f"graphlora_{projection}")[adapter_name])

@@ -7,64 +7,18 @@ that backward adds the three gradients of x inside the products instead of after
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from graphlora.errors import GraphLoraError
-from graphlora.ops.backend import interprets_triton
-from graphlora.ops.expert_ffn import triton_kernels as kernels
+from graphlora.ops.expert_ffn import triton_launch  # noqa: F401 - registers the operations
 from graphlora.ops.expert_ffn.inputs import ExpertWeights, FrozenFfn, LoraMasks, masked
 from graphlora.ops.expert_ffn.recompute import maybe_recompute
-from graphlora.ops.expert_ffn.triton_plan import PlanShape, make_plan
+from graphlora.ops.expert_ffn.support import unsupported
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-MOST_EXPERTS, MOST_CHOICES, HIGHEST_RANK = 64, 8, 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Offsets are 32-bit up to here.
-_INT32 = 2**31 - 1
-_library = torch.library.Library("graphlora", "FRAGMENT")
-
-
-class Tiles(NamedTuple):
-    """Tile sizes of one kernel.
-
-    Attributes:
-        tokens: tokens per tile.
-        columns: columns of f per step.
-        splits: programs that share the columns of f (token-major kernels).
-        warps: warps per program.
-        stages: depth of software pipelining.
-    """
-
-    tokens: int
-    columns: int
-    splits: int
-    warps: int
-    stages: int
-
-
-class TilePlan(NamedTuple):
-    """Tile sizes of the three kernels; forward and token gradients share the tokens of a tile."""
-
-    forward: Tiles
-    token_gradient: Tiles
-    weight_gradient: Tiles
-    chunk: int
-
-
-def tile_plan(tokens: int, f: int, r: int, dtype: torch.dtype) -> TilePlan:
-    """Tile sizes that measured best on an H200 (docs/performance.md)."""
-    wide = r > 16 or dtype == torch.float32
-    chunk = max(256, triton.next_power_of_2(tokens) // 16)
-    return TilePlan(
-        forward=Tiles(64, 32 if wide else 64, 16, 4, 3),
-        token_gradient=Tiles(64, 32, 16, 4, 3),
-        weight_gradient=Tiles(32, 64, 1, 4, 2),
-        chunk=chunk,
-    )
 
 
 def expert_ffn_triton(
@@ -82,7 +36,7 @@ def expert_ffn_triton(
 
     Args:
         x: `[tokens, d]`, float32, float16 or bfloat16.
-        ffn: the frozen block; its activation is one of `ACTIVATIONS`.
+        ffn: the frozen block; its activation is one of `support.ACTIVATIONS`.
         experts: stacked low-rank pairs, in any floating-point dtype; products run in the dtype of `x`.
         top_k_weights: `[tokens, top_k]`.
         top_k_index: `[tokens, top_k]`.
@@ -110,24 +64,11 @@ def expert_ffn_triton(
     return AddLowRank.apply(ffn.project_out(mixed), low_down, experts.down_B)
 
 
-def unsupported(
-    gated: bool, act: str | None, num_experts: int, top_k: int, r: int, hidden_dropout: bool
-) -> str | None:
-    """What the kernels do not support of a block, as the end of a sentence; None where they do all."""
-    if not gated:
-        return "FFN blocks without a gate"
-    if act not in ACTIVATIONS:
-        return "this activation (they know silu, gelu and gelu_tanh)"
-    if num_experts > MOST_EXPERTS or top_k > MOST_CHOICES or r > HIGHEST_RANK:
-        return f"more than {MOST_EXPERTS} experts, top_k over {MOST_CHOICES} or r over {HIGHEST_RANK}"
-    return "the base model's own dropout inside the FFN" if hidden_dropout else None
-
-
 def _check(x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, top_k_index: Tensor, masks: LoraMasks) -> None:
     num_experts, r, _ = experts.down_A.shape
     problem = unsupported(
         experts.gate_B is not None,
-        ffn.act.name,
+        ffn.act.name or type(ffn.act.act).__name__,
         num_experts,
         top_k_index.shape[1],
         r,
@@ -283,195 +224,3 @@ def _product_float32(a: Tensor, b: Tensor) -> Tensor:
 
 
 _HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
-
-
-# --- the two operations ---------------------------------------------------------------------------------------------
-
-_library.define(
-    "expert_mix_forward(Tensor gate, Tensor up, Tensor low_gate, Tensor low_up, Tensor gate_B, Tensor up_B, "
-    "Tensor down_A, Tensor top_k_weights, Tensor top_k_index, Tensor? seed, float dropout, float scaling, str act) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "expert_mix_backward(Tensor d_mixed, Tensor d_low_down, Tensor gate, Tensor up, Tensor low_gate, Tensor low_up, "
-    "Tensor gate_B, Tensor up_B, Tensor down_A, Tensor top_k_weights, Tensor top_k_index, Tensor? seed, Tensor plan, "
-    "float dropout, float scaling, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-class _Sizes(NamedTuple):
-    """Sizes of one call, and the constants that all kernels share."""
-
-    tokens: int
-    f: int
-    num_experts: int
-    r: int
-    top_k: int
-    tiles: TilePlan
-    plan: PlanShape
-    constants: dict[str, Any]
-
-
-def _sizes(up: Tensor, down_A: Tensor, top_k_index: Tensor, dropout: float, act: str) -> _Sizes:
-    tokens, f = up.shape
-    num_experts, r, _ = down_A.shape
-    top_k = top_k_index.shape[1]
-    tiles = tile_plan(tokens, f, r, up.dtype)
-    # The interpreter's products know no bfloat16.
-    precise = up.dtype == torch.float32 or interprets_triton()
-    constants = {
-        "K": top_k, "N": num_experts, "r": r, "R": max(16, triton.next_power_of_2(r)),
-        "WIDE": tokens * f > _INT32, "ACT": act, "FAST": not precise, "PRECISE": precise,
-        "DROPOUT": dropout > 0, "THRESHOLD": int(dropout * 2**32), "INVERSE": 1 / (1 - dropout),
-    }  # fmt: skip
-    plan = PlanShape(tokens, num_experts, top_k, tiles.forward.tokens, tiles.chunk)
-    return _Sizes(tokens, f, num_experts, r, top_k, tiles, plan, constants)
-
-
-def _token_major(sizes: _Sizes, tiles: Tiles) -> tuple[dict[str, Any], int, int]:
-    """Constants, number of splits and column blocks per split of a token-major kernel."""
-    columns = triton.cdiv(sizes.f, tiles.columns)
-    blocks = triton.cdiv(columns, min(tiles.splits, columns))
-    constants = sizes.constants | {
-        "KP": triton.next_power_of_2(sizes.top_k), "BT": sizes.tiles.forward.tokens, "BF": tiles.columns,
-        "UNIFORM": sizes.plan.uniform, "EVEN": sizes.f % (tiles.columns * blocks) == 0,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
-    }  # fmt: skip
-    return constants, triton.cdiv(columns, blocks), blocks
-
-
-def _seed_or_any(seed: Tensor | None, other: Tensor) -> Tensor:
-    return other if seed is None else seed
-
-
-def _forward(
-    gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor,
-    top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None, dropout: float, scaling: float, act: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sizes = _sizes(up, down_A, top_k_index, dropout, act)
-    tokens, f, r, top_k = sizes.tokens, sizes.f, sizes.r, sizes.top_k
-    gate, up, low_gate, low_up = (_rows(t) for t in (gate, up, low_gate, low_up))
-    mixed = torch.empty(tokens, f, dtype=up.dtype, device=up.device)
-    low_down = torch.empty(tokens, sizes.num_experts * r, dtype=up.dtype, device=up.device)
-    if tokens == 0:
-        return mixed, low_down, torch.empty(0, dtype=torch.int32, device=up.device)
-    top_k_weights, top_k_index = top_k_weights.contiguous(), top_k_index.contiguous()
-    plan = make_plan(top_k_index, top_k_weights, sizes.plan)
-    order, sorted_weights, start, end, count, experts = sizes.plan.parts(plan)
-    constants, splits, blocks = _token_major(sizes, sizes.tiles.forward)
-    partial_low = torch.empty(splits, tokens, top_k, r, dtype=torch.float32, device=up.device)
-    kernels.forward_kernel[(sizes.plan.tiles, splits)](
-        gate, up, low_gate, low_up, gate_B, up_B, down_A, top_k_weights, top_k_index, _seed_or_any(seed, order),
-        order, sorted_weights, start, end, experts, count, mixed, partial_low,
-        tokens, f, gate.stride(0), up.stride(0), low_gate.stride(0), low_up.stride(0), blocks, scaling, **constants,
-    )  # fmt: skip
-    _reduce_low(sizes, partial_low, partial_low, top_k_weights, top_k_index, low_down, None, splits, scaling)
-    return mixed, low_down, plan
-
-
-def _reduce_low(
-    sizes: _Sizes, partial_low: Tensor, partial_weight: Tensor, top_k_weights: Tensor, top_k_index: Tensor,
-    out: Tensor, d_weights: Tensor | None, splits: int, scaling: float,
-) -> None:  # fmt: skip
-    columns = sizes.num_experts * sizes.r
-    block = min(128, triton.next_power_of_2(columns))
-    backward = d_weights is not None
-    kernels.reduce_low_kernel[(triton.cdiv(sizes.tokens, 32), triton.cdiv(columns, block))](
-        partial_low, partial_weight, top_k_weights, top_k_index,
-        out, out[:, columns:] if backward else out, d_weights if backward else out,
-        sizes.tokens, out.stride(0), splits, scaling,
-        K=sizes.top_k, r=sizes.r, columns=columns, PARTS=2 if backward else 1, BT=32, BC=block,
-    )  # fmt: skip
-
-
-def _backward(
-    d_mixed: Tensor, d_low_down: Tensor, gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor,
-    gate_B: Tensor, up_B: Tensor, down_A: Tensor, top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None,
-    plan: Tensor, dropout: float, scaling: float, act: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    sizes = _sizes(up, down_A, top_k_index, dropout, act)
-    tokens, f, r, top_k = sizes.tokens, sizes.f, sizes.r, sizes.top_k
-    inputs = [_rows(t) for t in (gate, up, d_mixed, low_gate, low_up, d_low_down)]
-    strides = [t.stride(0) for t in inputs]
-    d_gate, d_up = (torch.empty(tokens, f, dtype=up.dtype, device=up.device) for _ in range(2))
-    d_low = torch.empty(tokens, 2 * sizes.num_experts * r, dtype=up.dtype, device=up.device)
-    d_tables = [torch.empty(t.shape, dtype=torch.float32, device=up.device) for t in (gate_B, up_B, down_A)]
-    d_weights = torch.empty(tokens, top_k, dtype=torch.float32, device=up.device)
-    if tokens == 0:
-        return d_gate, d_up, d_low, *(t.zero_() for t in d_tables), d_weights
-    top_k_weights, top_k_index = top_k_weights.contiguous(), top_k_index.contiguous()
-    tables = (gate_B, up_B, down_A, top_k_weights, top_k_index)
-    order, sorted_weights, start, end, count, experts = sizes.plan.parts(plan)
-    seed = _seed_or_any(seed, order)
-    constants, splits, blocks = _token_major(sizes, sizes.tiles.token_gradient)
-    partial_low = torch.empty(splits, tokens, top_k, 2 * r, dtype=torch.float32, device=up.device)
-    partial_weight = torch.empty(splits, tokens, top_k, dtype=torch.float32, device=up.device)
-    kernels.token_gradient_kernel[(sizes.plan.tiles, splits)](
-        *inputs, *tables, seed, order, sorted_weights, start, end, experts, count,
-        d_gate, d_up, partial_low, partial_weight,
-        tokens, f, *strides, blocks, scaling, **constants,
-    )  # fmt: skip
-    _reduce_low(
-        sizes, partial_low, partial_weight, top_k_weights, top_k_index, d_low, d_weights, splits, scaling
-    )
-    _weight_gradients(sizes, inputs, tables, seed, plan, d_tables, scaling)
-    return d_gate, d_up, d_low, *d_tables, d_weights
-
-
-def _weight_gradients(
-    sizes: _Sizes, inputs: list[Tensor], tables: tuple[Tensor, ...], seed: Tensor, plan: Tensor,
-    d_tables: list[Tensor], scaling: float,
-) -> None:  # fmt: skip
-    shape, slots = sizes.plan, sizes.top_k
-    if not shape.uniform:
-        # Sorted by expert, one (token, choice) pair per row.
-        shape, slots = PlanShape(sizes.tokens * sizes.top_k, sizes.num_experts, 1, shape.tile, shape.chunk), 1
-        plan = make_plan(tables[4].view(-1, 1), tables[3].view(-1, 1), shape)
-    order, sorted_weights, start, end, _, experts = shape.parts(plan)
-    start, end, experts = start[shape.tiles :], end[shape.tiles :], experts[shape.tiles * sizes.num_experts :]
-    tiles = sizes.tiles.weight_gradient
-    blocks = triton.cdiv(sizes.f, tiles.columns)
-    partial = torch.empty(shape.chunks, slots, 3, sizes.f, sizes.r, dtype=torch.float32, device=plan.device)
-    kernels.weight_gradient_kernel[(blocks, shape.chunks)](
-        *inputs, *tables, seed, order, sorted_weights, start, end, experts, partial,
-        sizes.f, *(t.stride(0) for t in inputs), scaling,
-        **sizes.constants, SLOTS=slots, BT=tiles.tokens, BF=tiles.columns, EVEN=sizes.f % tiles.columns == 0,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    kernels.reduce_weight_kernel[(triton.cdiv(sizes.f, 64), sizes.num_experts)](
-        partial, start, end, experts, *d_tables, sizes.f, shape.chunks,
-        N=sizes.num_experts, r=sizes.r, R=sizes.constants["R"], SLOTS=slots, BF=64,
-    )  # fmt: skip
-
-
-def _rows(t: Tensor) -> Tensor:
-    """The tensor, its last dimension contiguous."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _forward_fake(
-    gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor,
-    top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None, dropout: float, scaling: float, act: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sizes = _sizes(up, down_A, top_k_index, dropout, act)
-    tokens, f = up.shape
-    plan = up.new_empty(sizes.plan.numel if tokens else 0, dtype=torch.int32)
-    return up.new_empty(tokens, f), up.new_empty(tokens, down_A.shape[0] * down_A.shape[1]), plan
-
-
-def _backward_fake(
-    d_mixed: Tensor, d_low_down: Tensor, gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor,
-    gate_B: Tensor, up_B: Tensor, down_A: Tensor, top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None,
-    plan: Tensor, dropout: float, scaling: float, act: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    tables = (t.new_empty(t.shape, dtype=torch.float32) for t in (gate_B, up_B, down_A))
-    d_low = up.new_empty(len(up), 2 * down_A.shape[0] * down_A.shape[1])
-    d_weights = up.new_empty(top_k_index.shape, dtype=torch.float32)
-    return up.new_empty(up.shape), up.new_empty(up.shape), d_low, *tables, d_weights
-
-
-for _device in ("CUDA", "CPU"):
-    _library.impl("expert_mix_forward", _forward, _device)
-    _library.impl("expert_mix_backward", _backward, _device)
-torch.library.register_fake("graphlora::expert_mix_forward", _forward_fake)
-torch.library.register_fake("graphlora::expert_mix_backward", _backward_fake)

@@ -2,7 +2,7 @@
 
 README.md has the formulas. Tokens come sorted by the set of experts that they selected, so that a tile of tokens needs
 few experts: exactly `top_k` in a uniform plan, those in the tile's list otherwise (`triton_plan.py`). Nothing is
-accumulated by atomics: programs write partial sums, which a second kernel adds in a fixed order.
+accumulated by atomics: programs write partial sums, which `triton_reduce.py` adds in a fixed order.
 
 Shapes: T tokens, f FFN size, N experts, K = top_k, r rank, R = r padded to a power of two of at least 16.
 """
@@ -12,120 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _tanh(x, FAST: tl.constexpr):
-    if FAST:
-        y = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        y = 2 * tl.sigmoid(2 * x) - 1
-    return y
-
-
-@triton.jit
-def _activation(x, ACT: tl.constexpr, FAST: tl.constexpr):
-    """`act(x)`."""
-    if ACT == "silu":
-        if FAST:
-            y = 0.5 * x
-            y = y * _tanh(y, FAST) + y
-        else:
-            y = x * tl.sigmoid(x)
-    elif ACT == "gelu_tanh":
-        y = 0.5 * x
-        y = y * _tanh(x * (0.7978845608028654 + 0.035677408136300125 * x * x), FAST) + y
-    else:
-        y = 0.5 * x
-        y = y * tl.erf(x * 0.7071067811865476) + y
-    return y
-
-
-@triton.jit
-def _activation_and_slope(x, ACT: tl.constexpr, FAST: tl.constexpr):
-    """`act(x)` and `act'(x)`."""
-    if ACT == "silu":
-        if FAST:
-            half = 0.5 * _tanh(0.5 * x, FAST)
-            gate = half + 0.5
-            rest = 0.5 - half
-        else:
-            gate = tl.sigmoid(x)
-            rest = 1 - gate
-        y = x * gate
-        slope = y * rest + gate
-    elif ACT == "gelu_tanh":
-        square = x * x
-        th = _tanh(x * (0.7978845608028654 + 0.035677408136300125 * square), FAST)
-        half = 0.5 * x
-        y = half * th + half
-        slope = 0.5 + 0.5 * th + half * (1 - th * th) * (0.7978845608028654 + 0.10703222440890037 * square)
-    else:
-        share = 0.5 * tl.erf(x * 0.7071067811865476) + 0.5
-        y = x * share
-        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return y, slope
-
-
-@triton.jit
-def dropout_factor(seed, row, column, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr):
-    """0 with probability p, else `1 / (1 - p)`: a hash of seed, token and FFN column, so that backward replays it.
-
-    `THRESHOLD` is `p * 2^32`. `row` and `column` broadcast against each other. (32-bit finalizer of MurmurHash3.)
-    """
-    x = (seed.to(tl.uint32) + row.to(tl.uint32) * 0x9E3779B9) ^ (column.to(tl.uint32) * 0x85EBCA6B)
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    x = x ^ (x >> 16)
-    return tl.where(x >= THRESHOLD, INVERSE, 0.0)
-
-
-@triton.jit
-def _routing_weight(weights, ids, t, live, e, K: tl.constexpr):
-    """Weight of expert `e` for each token; 0 for tokens that did not select it."""
-    w = tl.zeros(t.shape, tl.float32)
-    for k in tl.static_range(K):
-        chosen = tl.load(ids + t * K + k, mask=live, other=-1) == e
-        w += tl.where(chosen, tl.load(weights + t * K + k, mask=live, other=0.0).to(tl.float32), 0.0)
-    return w
-
-
-@triton.jit
-def _sorted_weight(sorted_weights, position, live, k, K: tl.constexpr):
-    """Weight of each row's expert number k, in ascending order of experts; rows as the plan sorted them."""
-    return tl.load(sorted_weights + position * K + k, mask=live, other=0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _rank(ids, t, live, e, K: tl.constexpr):
-    """How many of a token's experts have a lower index than `e`: the slot in which its partial sums lie.
-
-    Tokens that did not select `e` get K.
-    """
-    below = tl.zeros(t.shape, tl.int32)
-    chosen = tl.zeros(t.shape, tl.int1)
-    for k in tl.static_range(K):
-        other = tl.load(ids + t * K + k, mask=live, other=-1)
-        below += (other < e).to(tl.int32)
-        chosen = chosen | (other == e)
-    return tl.where(chosen, below, K)
-
-
-@triton.jit
-def _scaled(ptr, mask, scaling):
-    """What lies at `ptr`, times s, in its own dtype."""
-    x = tl.load(ptr, mask=mask, other=0.0)
-    return (x.to(tl.float32) * scaling).to(x.dtype)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISE: tl.constexpr):
-    if PRECISE:
-        out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        out = tl.dot(a, b, acc)
-    return out
+from graphlora.ops.expert_ffn.triton_parts import (
+    activation,
+    activation_and_slope,
+    dot_into,
+    dropout_factor,
+    load_scaled,
+    rank_of,
+    routing_weight,
+    sorted_weight,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -161,12 +57,12 @@ def forward_kernel(
             e = tl.load(tile_experts + tile * N + k)
             lanes = e * r + lane
             experts = experts + (e,)
-            factors = factors + (_sorted_weight(sorted_weights, position, live, k, K),)
+            factors = factors + (sorted_weight(sorted_weights, position, live, k, K),)
             lows_gate = lows_gate + (
-                _scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], used, scaling),
+                load_scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], used, scaling),
             )
             lows_up = lows_up + (
-                _scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], used, scaling),
+                load_scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], used, scaling),
             )
             sums = sums + (tl.zeros((BT, R), tl.float32),)
     else:
@@ -192,33 +88,35 @@ def forward_kernel(
                 a_down = tl.load(
                     down_A + (experts[k] * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0
                 )
-                h = _activation(_dot(lows_gate[k], tl.trans(b_gate), g, PRECISE), ACT, FAST)
-                h = h * _dot(lows_up[k], tl.trans(b_up), u, PRECISE)
+                h = activation(dot_into(lows_gate[k], tl.trans(b_gate), g, PRECISE), ACT, FAST)
+                h = h * dot_into(lows_up[k], tl.trans(b_up), u, PRECISE)
                 m += factors[k][:, None] * h
                 if DROPOUT:
                     h = h * kept
-                updated = updated + (_dot(h.to(dtype), a_down, sums[k], PRECISE),)
+                updated = updated + (dot_into(h.to(dtype), a_down, sums[k], PRECISE),)
             sums = updated
         else:
             for i in range(0, count):
                 e = tl.load(tile_experts + tile * N + i)
-                rank = _rank(ids, t, live, e, K)
+                rank = rank_of(ids, t, live, e, K)
                 chosen = used & (rank < K)[:, None]
                 lanes = e * r + lane
-                x_gate = _scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], chosen, scaling)
-                x_up = _scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], chosen, scaling)
+                x_gate = load_scaled(
+                    low_gate + row[:, None] * low_gate_stride + lanes[None, :], chosen, scaling
+                )
+                x_up = load_scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], chosen, scaling)
                 b = e * f * r + c[:, None] * r + lane[None, :]
                 b_gate = tl.load(gate_B + b, mask=table, other=0.0)
                 b_up = tl.load(up_B + b, mask=table, other=0.0)
                 a_down = tl.load(down_A + (e * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0)
-                h = _activation(_dot(x_gate, tl.trans(b_gate), g, PRECISE), ACT, FAST)
-                h = h * _dot(x_up, tl.trans(b_up), u, PRECISE)
+                h = activation(dot_into(x_gate, tl.trans(b_gate), g, PRECISE), ACT, FAST)
+                h = h * dot_into(x_up, tl.trans(b_up), u, PRECISE)
                 m += tl.where(
-                    (rank < K)[:, None], _routing_weight(weights, ids, t, live, e, K)[:, None] * h, 0.0
+                    (rank < K)[:, None], routing_weight(weights, ids, t, live, e, K)[:, None] * h, 0.0
                 )
                 if DROPOUT:
                     h = h * kept
-                low = _dot(h.to(dtype), a_down, tl.zeros((BT, R), tl.float32), PRECISE)
+                low = dot_into(h.to(dtype), a_down, tl.zeros((BT, R), tl.float32), PRECISE)
                 total += tl.where(slots[:, None, None] == rank[None, :, None], low[None], 0.0)
         tl.store(mixed + row[:, None] * f + c[None, :], m.to(dtype), mask=inside)
     base = ((split * T + row) * K)[:, None] * r + lane[None, :]
@@ -266,15 +164,15 @@ def token_gradient_kernel(
             e = tl.load(tile_experts + tile * N + k)
             lanes = e * r + lane
             experts = experts + (e,)
-            factors = factors + (_sorted_weight(sorted_weights, position, live, k, K),)
+            factors = factors + (sorted_weight(sorted_weights, position, live, k, K),)
             lows_gate = lows_gate + (
-                _scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], used, scaling),
+                load_scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], used, scaling),
             )
             lows_up = lows_up + (
-                _scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], used, scaling),
+                load_scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], used, scaling),
             )
             lows_down = lows_down + (
-                _scaled(d_low_down + row[:, None] * low_down_stride + lanes[None, :], used, scaling),
+                load_scaled(d_low_down + row[:, None] * low_down_stride + lanes[None, :], used, scaling),
             )
             sums_gate = sums_gate + (tl.zeros((BT, R), tl.float32),)
             sums_up = sums_up + (tl.zeros((BT, R), tl.float32),)
@@ -306,52 +204,56 @@ def token_gradient_kernel(
                 a_down = tl.load(
                     down_A + (experts[k] * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0
                 )
-                act, slope = _activation_and_slope(
-                    _dot(lows_gate[k], tl.trans(b_gate), g, PRECISE), ACT, FAST
+                act, slope = activation_and_slope(
+                    dot_into(lows_gate[k], tl.trans(b_gate), g, PRECISE), ACT, FAST
                 )
-                u_k = _dot(lows_up[k], tl.trans(b_up), u, PRECISE)
+                u_k = dot_into(lows_up[k], tl.trans(b_up), u, PRECISE)
                 if DROPOUT:
-                    q = dm + kept * _dot(
+                    q = dm + kept * dot_into(
                         lows_down[k], tl.trans(a_down), tl.zeros((BT, BF), tl.float32), PRECISE
                     )
                 else:
-                    q = _dot(lows_down[k], tl.trans(a_down), dm, PRECISE)
+                    q = dot_into(lows_down[k], tl.trans(a_down), dm, PRECISE)
                 du = q * act
                 dg = q * u_k * slope
                 new_weight = new_weight + (sums_weight[k] + tl.sum(du * u_k, 1),)
-                new_gate = new_gate + (_dot(dg.to(dtype), b_gate, sums_gate[k], PRECISE),)
-                new_up = new_up + (_dot(du.to(dtype), b_up, sums_up[k], PRECISE),)
+                new_gate = new_gate + (dot_into(dg.to(dtype), b_gate, sums_gate[k], PRECISE),)
+                new_up = new_up + (dot_into(du.to(dtype), b_up, sums_up[k], PRECISE),)
                 dg_sum += factors[k][:, None] * dg
                 du_sum += factors[k][:, None] * du
             sums_gate, sums_up, sums_weight = new_gate, new_up, new_weight
         else:
             for i in range(0, count):
                 e = tl.load(tile_experts + tile * N + i)
-                rank = _rank(ids, t, live, e, K)
+                rank = rank_of(ids, t, live, e, K)
                 chosen = used & (rank < K)[:, None]
                 selected = (rank < K)[:, None]
                 lanes = e * r + lane
-                x_gate = _scaled(low_gate + row[:, None] * low_gate_stride + lanes[None, :], chosen, scaling)
-                x_up = _scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], chosen, scaling)
-                x_down = _scaled(
+                x_gate = load_scaled(
+                    low_gate + row[:, None] * low_gate_stride + lanes[None, :], chosen, scaling
+                )
+                x_up = load_scaled(low_up + row[:, None] * low_up_stride + lanes[None, :], chosen, scaling)
+                x_down = load_scaled(
                     d_low_down + row[:, None] * low_down_stride + lanes[None, :], chosen, scaling
                 )
                 b = e * f * r + c[:, None] * r + lane[None, :]
                 b_gate = tl.load(gate_B + b, mask=table, other=0.0)
                 b_up = tl.load(up_B + b, mask=table, other=0.0)
                 a_down = tl.load(down_A + (e * r + lane)[None, :] * f + c[:, None], mask=table, other=0.0)
-                act, slope = _activation_and_slope(_dot(x_gate, tl.trans(b_gate), g, PRECISE), ACT, FAST)
-                u_k = _dot(x_up, tl.trans(b_up), u, PRECISE)
-                q = _dot(x_down, tl.trans(a_down), tl.zeros((BT, BF), tl.float32), PRECISE)
+                act, slope = activation_and_slope(dot_into(x_gate, tl.trans(b_gate), g, PRECISE), ACT, FAST)
+                u_k = dot_into(x_up, tl.trans(b_up), u, PRECISE)
+                q = dot_into(x_down, tl.trans(a_down), tl.zeros((BT, BF), tl.float32), PRECISE)
                 q = dm + (q * kept if DROPOUT else q)
-                w = _routing_weight(weights, ids, t, live, e, K)[:, None]
+                w = routing_weight(weights, ids, t, live, e, K)[:, None]
                 du = q * act
                 dg = q * u_k * slope
                 inner = tl.sum(du * u_k, 1)
                 zero = tl.zeros((BT, R), tl.float32)
                 mine = slots[:, None] == rank[None, :]
-                total_gate += tl.where(mine[:, :, None], _dot(dg.to(dtype), b_gate, zero, PRECISE)[None], 0.0)
-                total_up += tl.where(mine[:, :, None], _dot(du.to(dtype), b_up, zero, PRECISE)[None], 0.0)
+                total_gate += tl.where(
+                    mine[:, :, None], dot_into(dg.to(dtype), b_gate, zero, PRECISE)[None], 0.0
+                )
+                total_up += tl.where(mine[:, :, None], dot_into(du.to(dtype), b_up, zero, PRECISE)[None], 0.0)
                 total_weight += tl.where(mine, inner[None], 0.0)
                 dg_sum += tl.where(selected, w * dg, 0.0)
                 du_sum += tl.where(selected, w * du, 0.0)
@@ -403,9 +305,9 @@ def weight_gradient_kernel(
         e = tl.load(chunk_experts + chunk * N + k)
         b = e * f * r + c[:, None] * r + lane[None, :]
         experts = experts + (e,)
-        bs_gate = bs_gate + (_scaled(gate_B + b, table, scaling),)
-        bs_up = bs_up + (_scaled(up_B + b, table, scaling),)
-        as_down = as_down + (_scaled(down_A + (e * r + lane)[None, :] * f + c[:, None], table, scaling),)
+        bs_gate = bs_gate + (load_scaled(gate_B + b, table, scaling),)
+        bs_up = bs_up + (load_scaled(up_B + b, table, scaling),)
+        as_down = as_down + (load_scaled(down_A + (e * r + lane)[None, :] * f + c[:, None], table, scaling),)
         sums_gate = sums_gate + (tl.zeros((BF, R), tl.float32),)
         sums_up = sums_up + (tl.zeros((BF, R), tl.float32),)
         sums_down = sums_down + (tl.zeros((BF, R), tl.float32),)
@@ -431,110 +333,26 @@ def weight_gradient_kernel(
             x_down = tl.load(
                 d_low_down + row[:, None] * low_down_stride + lanes[None, :], mask=used, other=0.0
             )
-            w = _sorted_weight(sorted_weights, position, live, k, SLOTS)[:, None]
-            act, slope = _activation_and_slope(_dot(bs_gate[k], tl.trans(x_gate), g, PRECISE), ACT, FAST)
-            u_k = _dot(bs_up[k], tl.trans(x_up), u, PRECISE)
+            w = sorted_weight(sorted_weights, position, live, k, SLOTS)[:, None]
+            act, slope = activation_and_slope(dot_into(bs_gate[k], tl.trans(x_gate), g, PRECISE), ACT, FAST)
+            u_k = dot_into(bs_up[k], tl.trans(x_up), u, PRECISE)
             if DROPOUT:
-                q = dm + kept * _dot(as_down[k], tl.trans(x_down), tl.zeros((BF, BT), tl.float32), PRECISE)
+                q = dm + kept * dot_into(
+                    as_down[k], tl.trans(x_down), tl.zeros((BF, BT), tl.float32), PRECISE
+                )
             else:
-                q = _dot(as_down[k], tl.trans(x_down), dm, PRECISE)
+                q = dot_into(as_down[k], tl.trans(x_down), dm, PRECISE)
             h = act * u_k
             if DROPOUT:
                 h = h * kept
             # The weight of a token goes into the narrow factor.
             x_gate, x_up, x_down = (w * x_gate).to(dtype), (w * x_up).to(dtype), (w * x_down).to(dtype)
-            new_gate = new_gate + (_dot((q * u_k * slope).to(dtype), x_gate, sums_gate[k], PRECISE),)
-            new_up = new_up + (_dot((q * act).to(dtype), x_up, sums_up[k], PRECISE),)
-            new_down = new_down + (_dot(h.to(dtype), x_down, sums_down[k], PRECISE),)
+            new_gate = new_gate + (dot_into((q * u_k * slope).to(dtype), x_gate, sums_gate[k], PRECISE),)
+            new_up = new_up + (dot_into((q * act).to(dtype), x_up, sums_up[k], PRECISE),)
+            new_down = new_down + (dot_into(h.to(dtype), x_down, sums_down[k], PRECISE),)
         sums_gate, sums_up, sums_down = new_gate, new_up, new_down
     for k in tl.static_range(SLOTS):
         out = partial + ((chunk * SLOTS + k) * 3).to(tl.int64) * f * r + c[:, None] * r + lane[None, :]
         tl.store(out, scaling * sums_gate[k], mask=table)
         tl.store(out + f * r, scaling * sums_up[k], mask=table)
         tl.store(out + 2 * f * r, scaling * sums_down[k], mask=table)
-
-
-@triton.jit(do_not_specialize=["T", "splits"])
-def reduce_low_kernel(
-    partial_low, partial_weight, weights, ids,
-    out_0, out_1, d_weights,
-    T, out_stride, splits, scaling,
-    K: tl.constexpr, r: tl.constexpr, columns: tl.constexpr,
-    PARTS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Adds the splits of `partial_low`, in order, into dense `[T, N r]` rows that are zero for experts not selected.
-
-    Forward (one part): `P = s w p`. Backward (two parts): `d_low_gate`, `d_low_up`, also times s w, and `d_weights`.
-    Grid: (token blocks, blocks of the N r columns).
-    """
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
-    live = t < T
-    expert, lane = column // r, column % r
-    slot = tl.zeros((BT, BC), tl.int32)
-    chosen = tl.zeros((BT, BC), tl.int1)
-    factor = tl.zeros((BT, BC), tl.float32)
-    for k in tl.static_range(K):
-        choice = tl.load(ids + t * K + k, mask=live, other=-1).to(tl.int32)
-        slot += (choice[:, None] < expert[None, :]).to(tl.int32)
-        hit = choice[:, None] == expert[None, :]
-        chosen = chosen | hit
-        w = tl.load(weights + t * K + k, mask=live, other=0.0).to(tl.float32)
-        factor += tl.where(hit, (scaling * w)[:, None], 0.0)
-    chosen = chosen & live[:, None] & (column < columns)[None, :]
-    sum_0 = tl.zeros((BT, BC), tl.float32)
-    sum_1 = tl.zeros((BT, BC), tl.float32)
-    for split in range(0, splits):
-        place = ((split * T + t)[:, None] * K + slot).to(tl.int64) * (PARTS * r) + lane[None, :]
-        sum_0 += tl.load(partial_low + place, mask=chosen, other=0.0)
-        if PARTS == 2:
-            sum_1 += tl.load(partial_low + place + r, mask=chosen, other=0.0)
-    out = t.to(tl.int64)[:, None] * out_stride + column[None, :]
-    inside = live[:, None] & (column < columns)[None, :]
-    tl.store(out_0 + out, (factor * sum_0).to(out_0.dtype.element_ty), mask=inside)
-    if PARTS == 2:
-        tl.store(out_1 + out, (factor * sum_1).to(out_1.dtype.element_ty), mask=inside)
-        if tl.program_id(1) == 0:
-            for k in tl.static_range(K):
-                choice = tl.load(ids + t * K + k, mask=live, other=-1)
-                place_of = tl.zeros((BT,), tl.int32)
-                for j in tl.static_range(K):
-                    place_of += (tl.load(ids + t * K + j, mask=live, other=-1) < choice).to(tl.int32)
-                total = tl.zeros((BT,), tl.float32)
-                for split in range(0, splits):
-                    total += tl.load(partial_weight + (split * T + t) * K + place_of, mask=live, other=0.0)
-                tl.store(d_weights + t * K + k, total, mask=live)
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def reduce_weight_kernel(
-    partial, chunk_start, chunk_end, chunk_experts,
-    d_gate_B, d_up_B, d_down_A,
-    f, chunks, N: tl.constexpr, r: tl.constexpr, R: tl.constexpr, SLOTS: tl.constexpr, BF: tl.constexpr,
-):  # fmt: skip
-    """Adds the chunks of `weight_gradient_kernel`, in order, per expert. Grid: (f blocks, N)."""
-    e = tl.program_id(1)
-    c = tl.program_id(0) * BF + tl.arange(0, BF)
-    lane = tl.arange(0, R)
-    table = (c < f)[:, None] & (lane < r)[None, :]
-    sum_gate = tl.zeros((BF, R), tl.float32)
-    sum_up = tl.zeros((BF, R), tl.float32)
-    sum_down = tl.zeros((BF, R), tl.float32)
-    at = partial + c[:, None] * r + lane[None, :]
-    here = tl.zeros((BF, R), tl.int32) + e
-    for chunk in range(0, chunks):
-        filled = tl.load(chunk_start + chunk) < tl.load(chunk_end + chunk)
-        for k in tl.static_range(SLOTS):
-            mine = table & (here == tl.where(filled, tl.load(chunk_experts + chunk * N + k), -1))
-            sum_gate += tl.load(at, mask=mine, other=0.0)
-            sum_up += tl.load(at + f * r, mask=mine, other=0.0)
-            sum_down += tl.load(at + 2 * f * r, mask=mine, other=0.0)
-            at += 3 * f * r
-    out = e * f * r + c[:, None] * r + lane[None, :]
-    tl.store(d_gate_B + out, sum_gate.to(d_gate_B.dtype.element_ty), mask=table)
-    tl.store(d_up_B + out, sum_up.to(d_up_B.dtype.element_ty), mask=table)
-    tl.store(
-        d_down_A + (e * r + lane)[None, :] * f + c[:, None],
-        sum_down.to(d_down_A.dtype.element_ty),
-        mask=table,
-    )
