@@ -1,8 +1,35 @@
 """The one exception that means "the user can mend this"."""
 
+MAX_LENGTH = 2000
+_KEPT_AT_END = 500
+
 
 class GraphLoraError(ValueError):
     """A mistake in a configuration, a file or a command, with the offending value and the remedy in one line.
 
-    The command line prints the message alone and exits with status 2; from Python it is a `ValueError`.
+    The command line prints the message alone and exits with status 2; from Python it is a `ValueError`. What a file
+    put into the message cannot break the line, drive the terminal or flood it: see `one_line`.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str, limit: int = MAX_LENGTH) -> str:
+    """Text from anywhere, safe to print: one line, control characters escaped, the middle left out where it is long.
+
+    Args:
+        text: Any text.
+        limit: Most characters to give back.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit - _KEPT_AT_END - 5]} ... {text[-_KEPT_AT_END:]}"
+    if not text.isprintable():
+        text = "".join(_shown(character) for character in text)
+    return text if len(text) <= limit else text[:limit]
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else character.encode("unicode_escape").decode("ascii")
