@@ -81,7 +81,11 @@ def read_json_object(path: Path, what: str, limit: int = MAX_JSON_BYTES) -> dict
     Raises:
         GraphLoraError: See `read_text` and `parse_json`; or the file holds no object.
     """
-    value = parse_json(read_text(path, what, limit), str(path))
+    text = read_text(path, what, limit)
+    try:
+        value = parse_json(text, f"{path} is broken")
+    except GraphLoraError as error:
+        raise GraphLoraError(f"{error}; restore it from a copy") from error
     if not isinstance(value, dict):
         raise GraphLoraError(f"{path} holds no JSON object; it is not {what}")
     return value
@@ -152,7 +156,9 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], where: s
     if id(node) in known:
         found = known[id(node)]
         if found is None:
-            raise GraphLoraError(f"{_line(node, where)}: an alias stands inside of what it names; write it out")
+            raise GraphLoraError(
+                f"{_line(node, where)}: an alias stands inside of what it names; write it out"
+            )
         return found
     known[id(node)] = None
     parts: list[yaml.Node] = []
