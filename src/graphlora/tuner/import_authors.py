@@ -20,10 +20,10 @@ from graphlora.tuner.authors_checkpoint import (
     PROJECTIONS,
     AuthorsCheckpoint,
     read_checkpoint,
-    read_json_object,
 )
 from graphlora.tuner.authors_graphs import Edges, given_graphs, rebuilt_graphs
 from graphlora.tuner.config import GraphLoraConfig
+from graphlora.untrusted import read_json_object
 
 _REBUILT = (
     "the checkpoint holds no graph, so the expert graph was rebuilt from the stored expert projection, as the released "
@@ -116,7 +116,7 @@ def _base_config(name: str | None) -> dict[str, Any] | None:
     path = Path(name or "") / "config.json"
     if not name or not path.is_file():
         return None
-    return read_json_object(path, "model's configuration")
+    return read_json_object(path, "a model's configuration")
 
 
 def _check_base(checkpoint: AuthorsCheckpoint, base_config: dict[str, Any], name: str) -> None:
