@@ -87,7 +87,7 @@ def import_checkpoint(
     base_config = _base_config(name)
     if base_config is not None:
         _check_base(checkpoint, base_config, str(name))
-    config = _config(checkpoint, name)
+    config = adapter_config(checkpoint, name)
     notes: list[str] = []
     graphs: list[Tensor] = []
     if checkpoint.router_type == "linear":
@@ -133,7 +133,7 @@ def _check_base(checkpoint: AuthorsCheckpoint, base_config: dict[str, Any], name
             )
 
 
-def _config(checkpoint: AuthorsCheckpoint, base_model: str | None) -> GraphLoraConfig:
+def adapter_config(checkpoint: AuthorsCheckpoint, base_model: str | None) -> GraphLoraConfig:
     graph = checkpoint.router_type == "graph"
     router: dict[str, Any] = {"router_poisson_loss_coef": 0.0, "router_normal_loss_coef": 0.0}
     if graph:
