@@ -29,7 +29,9 @@ def _seeds() -> list[dict[str, Any]]:
 
     configs = [GraphLoraConfig(task_type="CAUSAL_LM", preset=preset) for preset in PRESETS]
     configs += [
-        GraphLoraConfig(num_experts=4, edges=[[0, 1], [2, 3]], target_modules=["mlp"], rank_pattern={"mlp": 4}),
+        GraphLoraConfig(
+            num_experts=4, edges=[[0, 1], [2, 3]], target_modules=["mlp"], rank_pattern={"mlp": 4}
+        ),
         GraphLoraConfig(target_modules=r".*\.mlp", edge_init="learned", alpha_pattern={"a": 2.0}),
         GraphLoraConfig(layers_to_transform=[0, 1], layers_pattern="layers", num_experts_by_layer=[2, 4]),
         GraphLoraConfig(router_type="linear", num_experts_pattern={"mlp": 4}, modules_to_save=["score"]),
@@ -81,7 +83,12 @@ def _tensors(kind: str) -> dict[str, tuple[str, list[int]]]:
             found |= _shared(f"{block}.{name}") | {f"{block}.{name}.graphlora_router.weight": [N, wide]}
     if kind == "graph":
         router = f"{block}.graphlora_router"
-        shapes = {"token_proj": [G, D], "expert_features": [N, G], "conv_weight": [LAYERS, G, G], "out_proj": [G]}
+        shapes = {
+            "token_proj": [G, D],
+            "expert_features": [N, G],
+            "conv_weight": [LAYERS, G, G],
+            "out_proj": [G],
+        }
         shapes |= {"self_weight": [LAYERS, G, G], "adjacency": [N, N], "edge_logits": [N * (N - 1) // 2]}
         shapes |= {"logit_offset": [N], "logit_sum": [N], "logit_count": [], "num_updates": []}
         found |= {f"{router}.{name}": shape for name, shape in shapes.items()} | _shared(block)
@@ -92,22 +99,35 @@ def _tensors(kind: str) -> dict[str, tuple[str, list[int]]]:
 
 def _shared(place: str) -> dict[str, list[int]]:
     part = f"{place}.graphlora_coordination"
-    return {f"{part}.poisson_rate_bias": [], f"{part}.normal_scale_bias": [], f"{part}.cumulative_weights": [N]}
+    return {
+        f"{part}.poisson_rate_bias": [],
+        f"{part}.normal_scale_bias": [],
+        f"{part}.cumulative_weights": [N],
+    }
 
 
 def weights_input(rng: Random) -> Input:
     """An adapter whose tensor table is changed; mostly the file stays what safetensors calls valid."""
     kind = rng.choice(("graph", "projection"))
-    config: dict[str, Any] = {"peft_type": "GRAPHLORA", "num_experts": N, "r": R, "modules_to_save": ["score"]}
+    config: dict[str, Any] = {
+        "peft_type": "GRAPHLORA",
+        "num_experts": N,
+        "r": R,
+        "modules_to_save": ["score"],
+    }
     config |= {"router_hidden_size": G, "router_num_layers": LAYERS, "task_type": "CAUSAL_LM", "top_k": 2}
-    config |= {"target_modules": ["mlp"], "edge_init": "learned", "load_window": "ema"} if kind == "graph" else {"preset": "ming_moe"}
+    config |= (
+        {"target_modules": ["mlp"], "edge_init": "learned", "load_window": "ema"}
+        if kind == "graph"
+        else {"preset": "ming_moe"}
+    )
     tensors = _tensors(kind)
     for _ in range(int(rng.expovariate(1.2))):
         _change_tensor(tensors, rng)
     if rng.random() < 0.25:
-        config[rng.choice(("num_experts", "r", "router_hidden_size", "router_num_layers", "rank_pattern"))] = rng.choice(
-            (1, 2, 4, 10**9, -1, None, "8", {"mlp": 2}, [1])
-        )
+        config[
+            rng.choice(("num_experts", "r", "router_hidden_size", "router_num_layers", "rank_pattern"))
+        ] = rng.choice((1, 2, 4, 10**9, -1, None, "8", {"mlp": 2}, [1]))
     files = {CONFIG_FILE: json.dumps(config).encode(), WEIGHTS_FILE: safetensors_bytes(tensors, rng)}
     if rng.random() < 0.12:
         files[WEIGHTS_FILE] = mutate_bytes(files[WEIGHTS_FILE], rng)
@@ -124,12 +144,24 @@ def _change_tensor(tensors: dict[str, tuple[str, list[int]]], rng: Random) -> No
         shape = list(shape)
         shape[rng.randrange(len(shape))] = rng.choice((0, 1, 2, 3, 4, 5, 8, 300))
     elif kind < 0.5:
-        shape = rng.choice(([], [1], [0], [0, 10**12], [1] * 12, shape[::-1], shape[1:], [*shape, 1], [N, N], [2**40, 0]))
+        shape = rng.choice(
+            ([], [1], [0], [0, 10**12], [1] * 12, shape[::-1], shape[1:], [*shape, 1], [N, N], [2**40, 0])
+        )
     elif kind < 0.6:
         dtype = rng.choice(list(SIZES))
     elif kind < 0.75:
         del tensors[name]
-        words = ("lora_A", "lora_B", "graphlora_router", "weight", "bias", "score", "lm_head", "lora_B.default", "other")
+        words = (
+            "lora_A",
+            "lora_B",
+            "graphlora_router",
+            "weight",
+            "bias",
+            "score",
+            "lm_head",
+            "lora_B.default",
+            "other",
+        )
         parts = name.split(".")
         parts[rng.randrange(len(parts))] = rng.choice(words)
         name = ".".join(parts) if rng.random() < 0.7 else mutate_text(name, rng)
@@ -137,7 +169,9 @@ def _change_tensor(tensors: dict[str, tuple[str, list[int]]], rng: Random) -> No
         del tensors[name]
         return
     else:
-        name = rng.choice(("score.weight", "base_model.model.score.weight", f"{MODULE}.mlp.graphlora_x.y", "x", "\x1b[2J"))
+        name = rng.choice(
+            ("score.weight", "base_model.model.score.weight", f"{MODULE}.mlp.graphlora_x.y", "x", "\x1b[2J")
+        )
     tensors[name] = (dtype, shape)
 
 
@@ -153,7 +187,11 @@ def safetensors_bytes(tensors: dict[str, tuple[str, list[int]]], rng: Random) ->
         head = mutate(head, rng, (*SIZES, 0, 10**18, [0, 4], [4, 0], 2**64))
     text = _json(head).encode("utf-8", "surrogatepass")
     text += b" " * (-len(text) % 8)
-    length = len(text) if rng.random() < 0.97 else rng.choice((0, 1, len(text) + 8, 2**31, 2**63, 2**64 - 1, 10**8))
+    length = (
+        len(text)
+        if rng.random() < 0.97
+        else rng.choice((0, 1, len(text) + 8, 2**31, 2**63, 2**64 - 1, 10**8))
+    )
     values = bytes(end) if rng.random() < 0.5 else rng.randbytes(min(end, 4096)).ljust(end, b"\0")
     return struct.pack("<Q", length) + text + values
 

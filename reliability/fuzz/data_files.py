@@ -40,6 +40,7 @@ WORDS: tuple[Any, ...] = (
     "role", "content", "assistant", "user", "text", "train", "validation", "0", "1", "A", 0, 1, 2, -1, True, "[1", "[\"a\", \"b\"]",
     "{\"text\": [\"a\"], \"label\": [\"b\"]}", "٣", "9" * 4400, {"role": "assistant", "content": "x"}, ["a", "b"], ["a"] * 30,
 )  # fmt: skip
+NAMES = ("rows.jsonl", "rows.csv", "rows.json", "rows.jsonl.gz")
 
 
 def data_input(rng: Random) -> Input:
@@ -82,7 +83,12 @@ def _csv(rows: Any, rng: Random) -> bytes:
     writer.writerow(columns)
     for row in rows:
         cells = [row.get(column, "") for column in columns]
-        writer.writerow([_json(cell).decode("utf-8", "replace") if isinstance(cell, (list, dict)) else _plain(cell) for cell in cells])
+        writer.writerow(
+            [
+                _json(cell).decode("utf-8", "replace") if isinstance(cell, (list, dict)) else _plain(cell)
+                for cell in cells
+            ]
+        )
     return text.getvalue().encode("utf-8", "surrogatepass")
 
 
@@ -94,7 +100,9 @@ def _plain(value: Any) -> str:
 
 
 def _parse(folder: Path) -> Path:
-    path = next(path for path in sorted(folder.rglob("*")) if path.is_file())
+    path = next((path for name in NAMES if (path := folder / name).is_file()), None)
+    if path is None:
+        path = next(folder.glob("tasks/*/train.jsonl"))
     read_rows(path)
     return path
 

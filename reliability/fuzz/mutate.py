@@ -32,7 +32,19 @@ def interesting(rng: Random) -> Tree:
         return rng.choice(TEXTS)
     return copy.deepcopy(
         rng.choice(
-            (None, True, False, [], {}, [[]], [None], {"": None}, [1, "a", None], {"a": {"b": [1]}}, [[0, 1]] * 50)
+            (
+                None,
+                True,
+                False,
+                [],
+                {},
+                [[]],
+                [None],
+                {"": None},
+                [1, "a", None],
+                {"a": {"b": [1]}},
+                [[0, 1]] * 50,
+            )
         )
     )
 
@@ -65,7 +77,9 @@ def mutate_text(text: str, rng: Random) -> str:
     for _ in range(1 + int(rng.expovariate(1.0))):
         start = rng.randrange(len(text) + 1)
         end = min(len(text), start + rng.choice((0, 1, 1, 2, 5, 40)))
-        middle = rng.choice(("", rng.choice(TEXTS), text[start:end] * rng.choice((2, 3, 30)), chr(rng.randrange(1, 0x3000))))
+        middle = rng.choice(
+            ("", rng.choice(TEXTS), text[start:end] * rng.choice((2, 3, 30)), chr(rng.randrange(1, 0x3000)))
+        )
         text = (text[:start] + middle + text[end:])[:MAX_TEXT]
     return text
 
@@ -86,7 +100,9 @@ def mutate_bytes(content: bytes, rng: Random) -> bytes:
         elif kind < 0.8:
             found[start:start] = found[start : start + length] * rng.choice((1, 2, 100))
         elif kind < 0.9:
-            found[start:start] = rng.choice((b"\xff\xfe", b"\xef\xbb\xbf", b"\x00", b"\n", b'"', b"\xed\xa0\x80", b"{", b"["))
+            found[start:start] = rng.choice(
+                (b"\xff\xfe", b"\xef\xbb\xbf", b"\x00", b"\n", b'"', b"\xed\xa0\x80", b"{", b"[")
+            )
         else:
             del found[start:]
     return bytes(found)
@@ -122,7 +138,12 @@ def _set_word(parent: Tree, key: Any, rng: Random, words: Sequence[Any]) -> None
 
 def _retype(parent: Tree, key: Any, rng: Random, words: Sequence[Any]) -> None:
     value = parent[key]
-    forms: list[Callable[[], Tree]] = [lambda: [value], lambda: {"a": value}, lambda: str(value)[:MAX_TEXT], lambda: [value, value]]
+    forms: list[Callable[[], Tree]] = [
+        lambda: [value],
+        lambda: {"a": value},
+        lambda: str(value)[:MAX_TEXT],
+        lambda: [value, value],
+    ]
     if isinstance(value, (int, float)) and abs(value) < 1e15:
         forms += [lambda: float(value), lambda: bool(value), lambda: int(value) if value == value else 0]
     if isinstance(value, (list, dict)) and value:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Iterator
+from typing import Any
 
 from graphlora.errors import MAX_LENGTH, GraphLoraError
 
@@ -84,11 +84,11 @@ def check(reader: Reader, folder: Path, uses: bool = False) -> Outcome:
     return Outcome(stage, detail, time.perf_counter() - started)
 
 
-def write_input(files: Input, folder: Path) -> None:
+def write_input(files: Input, folder: Path, before: Input | None = None) -> None:
     """Put an input's files into a folder, in place of those of the one before."""
-    for old in folder.rglob("*"):
-        if old.is_file() and str(old.relative_to(folder)) not in files:
-            old.unlink()
+    for name in before or {}:
+        if name not in files:
+            (folder / name).unlink()
     for name, content in files.items():
         path = folder / name
         if "/" in name:

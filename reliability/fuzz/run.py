@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import shutil
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -24,7 +27,10 @@ from reliability.record import ROOT
 
 READERS = {reader.name: reader for reader in (CONFIG, WEIGHTS, STUDY, RECIPE, DATA, AUTHORS)}
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
-USE_EVERY = 200
+# Files of inputs are written and read a hundred thousand times; a file system in memory keeps the disk out of it.
+IN_MEMORY = Path("/dev/shm")
+USE_EVERY = 500
+MEMORY = 2 * 2**30
 
 
 @dataclass
@@ -64,13 +70,20 @@ def fuzz(reader: Reader, count: int, seed: int, corpus: Path | None = None, prog
     counts = Counts()
     started = shown = time.perf_counter()
     memory = _peak_memory()
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as place,
+        warnings.catch_warnings(),
+        ExitStack() as stack,
+    ):
         warnings.simplefilter("ignore")
+        stack.enter_context(_bounded_memory())
         folder = Path(place) / "input"
         folder.mkdir()
+        before: Input = {}
         for number in range(count):
             files = reader.generate(Random(f"{reader.name}-{seed}-{number}"))
-            write_input(files, folder)
+            write_input(files, folder, before)
+            before = files
             outcome = check(reader, folder, uses=number % USE_EVERY == 0)
             _count(counts, outcome)
             if outcome.kind == "bug" and corpus is not None:
@@ -136,7 +149,9 @@ def _count(counts: Counts, outcome: Outcome) -> None:
 
 def _kind_of_bug(outcome: Outcome) -> str:
     lines = outcome.detail.splitlines()
-    places = [line.strip() for line in lines if line.strip().startswith("File ") and "reliability/fuzz" not in line]
+    places = [
+        line.strip() for line in lines if line.strip().startswith("File ") and "reliability/fuzz" not in line
+    ]
     return f"{lines[0][:150]} @ {places[-1] if places else ''}"
 
 
@@ -146,8 +161,21 @@ def _keep(files: Input, outcome: Outcome, corpus: Path) -> None:
     entry = corpus / f"bug-{hashlib.sha256(kind.encode()).hexdigest()[:10]}"
     size = sum(path.stat().st_size for path in entry.rglob("*") if path.is_file()) if entry.is_dir() else None
     if size is None or sum(map(len, files.values())) < size:
-        entry.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(entry, ignore_errors=True)
+        entry.mkdir(parents=True)
         write_input(files, entry)
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """An input that asks for more than `MEMORY` bytes gets a MemoryError, which counts as a bug."""
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _peak_memory() -> int:

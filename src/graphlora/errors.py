@@ -1,7 +1,6 @@
 """The one exception that means "the user can mend this"."""
 
 MAX_LENGTH = 2000
-_KEPT_AT_END = 500
 
 
 class GraphLoraError(ValueError):
@@ -23,10 +22,12 @@ def one_line(text: str, limit: int = MAX_LENGTH) -> str:
         limit: Most characters to give back.
     """
     if len(text) > limit:
-        text = f"{text[: limit - _KEPT_AT_END - 5]} ... {text[-_KEPT_AT_END:]}"
-    if not text.isprintable():
-        text = "".join(_shown(character) for character in text)
-    return text if len(text) <= limit else text[:limit]
+        end = limit // 4
+        text = f"{text[: limit - end - 5]} ... {text[-end:]}"
+    if text.isprintable():
+        return text
+    shown = "".join(_shown(character) for character in text)
+    return shown if len(shown) <= limit else one_line(shown, limit)
 
 
 def _shown(character: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -86,6 +87,19 @@ def is_whole(checkpoint: Path) -> bool:
     randomness = list(checkpoint.glob("rng_state*.pth"))
     files = [*(checkpoint / name for name in TORCH_FILES), *randomness]
     return bool(randomness) and all(path.is_file() and zipfile.is_zipfile(path) for path in files)
+
+
+def refused_pickle(checkpoint: Path | None, error: Exception) -> GraphLoraError:
+    """The error of a checkpoint whose optimizer, scheduler or random state holds more than tensors and numbers.
+
+    transformers loads these files with `weights_only`, so that nothing in them has run.
+    """
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    what = f" ({found.group(1)})" if found else ""
+    return GraphLoraError(
+        f"{checkpoint} holds more than tensors{what} in {', '.join(TORCH_FILES)} or rng_state.pth; it was not run. "
+        "Delete that checkpoint and resume from the one before, or start again with --overwrite"
+    )
 
 
 def check_space(output: Path, num_bytes: int) -> None:

@@ -288,11 +288,11 @@ NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_ratio", "warmup_steps",
 def _check_ranges(recipe: Recipe) -> None:
     for name in POSITIVE:
         value = getattr(recipe, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if value is not None and not 0 < value < math.inf:
             raise GraphLoraError(f"{name} is {value}; give a number above 0")
     for name in NOT_NEGATIVE:
         value = getattr(recipe, name)
-        if not (value >= 0 and math.isfinite(value)):
+        if not 0 <= value < math.inf:
             raise GraphLoraError(f"{name} is {value}; give 0 or more")
     if recipe.warmup_ratio >= 1:
         raise GraphLoraError(
@@ -312,7 +312,7 @@ def _check_combinations(recipe: Recipe) -> None:
     if recipe.early_stopping_patience is not None and recipe.eval_strategy == "no":
         raise GraphLoraError("early_stopping_patience needs validation; set eval_strategy to steps or epoch")
     if recipe.save_steps is not None and recipe.eval_strategy == "steps" and recipe.load_best_model_at_end:
-        parts = recipe.save_steps / recipe.eval_steps
+        parts = min(recipe.save_steps / recipe.eval_steps, 1e15)
         same_kind = (recipe.save_steps < 1) == (recipe.eval_steps < 1)
         if not same_kind or abs(parts - round(parts)) > 1e-9:
             raise GraphLoraError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -30,6 +31,7 @@ from graphlora.training.checkpoints import (
     check_space,
     last_checkpoint,
     prepare_output,
+    refused_pickle,
     remove_run,
     writing,
 )
@@ -275,6 +277,8 @@ def _run(
         trainer.watch.check()
     except GraphLoraError as error:
         raise _explained(error, recipe, trainer.last_saved) from error
+    except pickle.UnpicklingError as error:
+        raise refused_pickle(checkpoint, error) from error
     except KeyboardInterrupt as error:
         raise TrainingInterrupted(_where_to_go_on(output)) from error
     finally:

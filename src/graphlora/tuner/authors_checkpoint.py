@@ -17,7 +17,7 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.bin", "adapter_config.json"
 # Their names of the FFN's projections.
 PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _ROUTER_TYPES = {"goe": "graph", "mixlora": "linear"}
-_LAYER = re.compile(r"mixlora\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"mixlora\.layers\.(\d{1,4})\.(.+)", re.ASCII)
 _ATTENTION = re.compile(r"(self_attn\.\w+)\.lora_[AB]\.weight")
 _CONV = re.compile(r"gate\.convs\.(\d+)\.lin\.weight")
 

@@ -195,13 +195,14 @@ class _Reader:
         return found
 
     def _storage(self, identity: Any) -> _Storage:
-        kind, dtype, key, _, count = identity
-        if kind != "storage" or not isinstance(dtype, _Name) or dtype.name not in _DTYPES:
-            raise self._more_than_tensors(getattr(dtype, "name", str(kind)))
+        what, dtype, key, _, count = identity
+        if what != "storage" or not isinstance(dtype, _Name) or dtype.name not in _DTYPES:
+            raise self._more_than_tensors(getattr(dtype, "name", str(what)))
         known = self.storages.get(key)
         if known is None:
             record = bytearray(self.archive.read(f"{self.folder}data/{key}"))
-            values = torch.frombuffer(record, dtype=_DTYPES[dtype.name]) if record else torch.empty(0)
+            kind = _DTYPES[dtype.name]
+            values = torch.frombuffer(record, dtype=kind) if record else torch.empty(0, dtype=kind)
             known = self.storages[key] = _Storage(values)
         if type(count) is not int or count != len(known.values) or known.values.dtype != _DTYPES[dtype.name]:
             raise _Damaged(f"the record of storage {key!r} is of another size")
