@@ -135,7 +135,15 @@ def test_values_become_their_type(value, hint, expected):
 
 @pytest.mark.parametrize(
     ("value", "hint"),
-    [(True, int), (1.0, int), ("x", float), (10**400, float), (None, int), ({1: 2}, dict[str, int]), (["a"], list[int])],
+    [
+        (True, int),
+        (1.0, int),
+        ("x", float),
+        (10**400, float),
+        (None, int),
+        ({1: 2}, dict[str, int]),
+        (["a"], list[int]),
+    ],
 )
 def test_values_of_another_type(value, hint):
     assert not fits(value, hint)

@@ -62,7 +62,7 @@ def _tensors(linear: bool) -> dict[str, list[int]]:
 
 def authors_input(rng: Random) -> Input:
     """A checkpoint, changed."""
-    linear = rng.random() < 0.25
+    linear = rng.random() < 0.4
     settings: Any = SETTINGS | ({"routing_strategy": "mixlora"} if linear else {})
     if rng.random() < 0.35:
         settings = mutate(settings, rng, WORDS)

@@ -74,8 +74,14 @@ DAMAGE = {
     "behind its storage": (swap(b"QK\x00K\x02", b"QK\x01K\x02"), "larger than its storage"),
     "another record": (lambda parts: parts.update({f"{folder_of(parts)}data/0": b"1234"}), "another size"),
     "no record": (lambda parts: parts.pop(f"{folder_of(parts)}data/0"), "no item named"),
-    "integers": (swap(b"ctorch\nFloatStorage", b"ctorch\nLongStorage"), r"more than tensors \(torch\.LongStorage\)"),
-    "code": (swap(b"ctorch._utils\n_rebuild_tensor_v2", b"cposix\nsystem"), r"more than tensors \(posix\.system\)"),
+    "integers": (
+        swap(b"ctorch\nFloatStorage", b"ctorch\nLongStorage"),
+        r"more than tensors \(torch\.LongStorage\)",
+    ),
+    "code": (
+        swap(b"ctorch._utils\n_rebuild_tensor_v2", b"cposix\nsystem"),
+        r"more than tensors \(posix\.system\)",
+    ),
     "big-endian": (lambda parts: parts.update({f"{folder_of(parts)}byteorder": b"big"}), "not little-endian"),
 }
 
