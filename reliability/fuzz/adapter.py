@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from graphlora.adapter_table import CONFIG_FILE, WEIGHTS_FILE, check_table, read_config, read_table
+from graphlora.untrusted import MAX_JSON_BYTES
 from reliability.fuzz.mutate import mutate, mutate_bytes, mutate_text
 from reliability.fuzz.reader import Input, Reader
 
@@ -58,16 +59,23 @@ def config_input(rng: Random) -> Input:
     return {CONFIG_FILE: mutate_bytes(content, rng) if rng.random() < 0.08 else content}
 
 
-def _parse_config(folder: Path) -> Path:
-    read_config(folder / CONFIG_FILE)
-    return folder
+def _parse_config(folder: Path) -> dict[str, Any]:
+    return read_config(folder / CONFIG_FILE)
 
 
-def _validate_config(folder: Path) -> None:
+def _validate_config(values: dict[str, Any]) -> None:
+    from graphlora.tuner.config import GraphLoraConfig
+
+    # What PEFT's from_pretrained does with the values of the file.
+    config = GraphLoraConfig.from_peft_type(**values)
+    assert len(json.dumps(config.to_dict())) < MAX_JSON_BYTES
+
+
+def _read_config(folder: Path) -> None:
+    """Read the configuration as PEFT does, and what was read once more."""
     from graphlora.tuner.config import GraphLoraConfig
 
     config = GraphLoraConfig.from_pretrained(str(folder))
-    json.dumps(config.to_dict()).encode()
     again = GraphLoraConfig(**asdict(config))
     assert again.to_dict() == config.to_dict(), "an accepted configuration changes when it is read again"
 
@@ -235,6 +243,7 @@ CONFIG = Reader(
     validate=_validate_config,
     modules=("tuner/config.py", "tuner/config_checks.py"),
     excluded=("GraphLoraConfig.save_pretrained", "config_field_names"),
+    use=_read_config,
 )
 WEIGHTS = Reader(
     name="safetensors",

@@ -19,9 +19,9 @@ from graphlora.untrusted import read_json_object
 from reliability.fuzz.mutate import mutate, mutate_bytes, mutate_text
 from reliability.fuzz.reader import Input, Reader
 
-N, R, D, F, G, LAYERS = 2, 1, 4, 6, 3, 1
+R, D, F, G, LAYERS = 1, 4, 6, 3, 1
 SETTINGS: dict[str, Any] = {
-    "peft_type": "MIXLORA", "r": R, "lora_alpha": 4, "lora_dropout": 0.0, "routing_strategy": "goe", "num_experts": N,
+    "peft_type": "MIXLORA", "r": R, "lora_alpha": 4, "lora_dropout": 0.0, "routing_strategy": "goe", "num_experts": 1,
     "top_k": 1, "num_gcnlayer": LAYERS, "edges_thresholds": 0.25, "dim_gcn": G, "router_route_loss_coef_": 0.005,
     "router_count_loss_coef_": 8.0, "base_model_name_or_path": "base", "task_type": "CAUSAL_LM",
 }  # fmt: skip
@@ -32,10 +32,10 @@ NAMES = ("posix system", "builtins eval", "torch._utils _rebuild_tensor_v2", "co
 OPCODES = b".(0Q}]tau)Rbes\x85\x86\x87\x88\x89N2\x93\x94\x97\x81"
 
 
-def _tensors(linear: bool) -> dict[str, list[int]]:
+def _tensors(linear: bool, experts: int) -> dict[str, list[int]]:
     first = "mixlora.layers.0"
     found: dict[str, list[int]] = {}
-    for expert in range(N):
+    for expert in range(experts):
         for name, wide, narrow in (("w1", D, F), ("w3", D, F), ("w2", F, D)):
             place = f"{first}.experts.{expert}.{name}_proj"
             found |= {f"{place}.lora_A.weight": [R, wide], f"{place}.lora_B.weight": [narrow, R]}
@@ -44,9 +44,9 @@ def _tensors(linear: bool) -> dict[str, list[int]]:
         f"{first}.self_attn.q_proj.lora_B.weight": [D, R],
     }
     if linear:
-        return found | {f"{first}.gate.weight": [N, D]}
+        return found | {f"{first}.gate.weight": [experts, D]}
     gate = {
-        "X": [N, D],
+        "X": [experts, D],
         "mlp.weight": [G, D],
         "mlp_struct.weight": [G, D],
         "proj.weight": [1, G],
@@ -62,11 +62,11 @@ def _tensors(linear: bool) -> dict[str, list[int]]:
 
 def authors_input(rng: Random) -> Input:
     """A checkpoint, changed."""
-    linear = rng.random() < 0.4
-    settings: Any = SETTINGS | ({"routing_strategy": "mixlora"} if linear else {})
+    linear, experts = rng.random() < 0.4, rng.choice((1, 1, 1, 2))
+    settings: Any = SETTINGS | {"num_experts": experts} | ({"routing_strategy": "mixlora"} if linear else {})
     if rng.random() < 0.35:
         settings = mutate(settings, rng, WORDS)
-    tensors = _tensors(linear)
+    tensors = _tensors(linear, experts)
     for _ in range(int(rng.expovariate(1.2))):
         _change_table(tensors, rng)
     content = _archive(tensors, rng)

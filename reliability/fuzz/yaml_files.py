@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from reliability.fuzz.mutate import mutate, mutate_bytes, mutate_text
 from reliability.fuzz.reader import Input, Reader
 
 FILE = "file.yaml"
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 RECIPES: tuple[dict[str, Any], ...] = (
     {"model": "m", "task": "arc_easy", "output_dir": "out", "r": 8, "learning_rate": 1e-4, "top_k": 2, "bf16": True},
     {"model": "m", "task": {"arc_easy": 2, "boolq": 1.5}, "output_dir": "o", "eval_steps": 0.2, "save_steps": 0.4},
@@ -109,7 +111,7 @@ def _yaml_input(rng: Random, seeds: tuple[dict[str, Any], ...], words: tuple[Any
     tree = mutate(rng.choice(seeds), rng, words)
     if rng.random() < 0.05:
         _odd_key(tree, rng)
-    text = _dumped(tree, flow=rng.random() < 0.3)
+    text = _dumped(tree, rng)
     if rng.random() < 0.15:
         place = rng.choice([i for i, c in enumerate(text) if c in " \n[{,"] or [0]) + 1
         text = f"{text[:place]}{rng.choice(SCRAPS)}{text[place:]}"
@@ -128,16 +130,16 @@ def _odd_key(tree: Any, rng: Random) -> None:
         tree = tree[key]
 
 
-def _dumped(tree: Any, flow: bool) -> str:
+def _dumped(tree: Any, rng: Random) -> str:
+    """YAML in blocks, in brackets, or as the JSON that is YAML too."""
+    kind = rng.random()
     try:
+        if kind < 0.5:
+            return json.dumps(tree, ensure_ascii=False)
         return yaml.dump(
-            tree,
-            Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper),
-            sort_keys=False,
-            allow_unicode=True,
-            default_flow_style=flow,
+            tree, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, default_flow_style=kind > 0.9
         )
-    except (yaml.YAMLError, ValueError, UnicodeError, RecursionError):
+    except (yaml.YAMLError, ValueError, TypeError, UnicodeError, RecursionError):
         return "model: " + "1" * 5000
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
@@ -241,13 +242,13 @@ def _base_run(spec: StudySpec, model: StudyModel, task: StudyTask, policy: dict[
 
 def _given(recipe: Recipe) -> dict[str, Any]:
     """The recipe's options that differ from the defaults, so that new options leave old runs what they are."""
-    values = asdict(recipe)
     needed = ("model", "task", "seed")
     default = _defaults()
     return {
-        item.name: values[item.name]
+        item.name: copy.deepcopy(getattr(recipe, item.name))
         for item in fields(Recipe)
-        if item.name != "output_dir" and (item.name in needed or values[item.name] != default[item.name])
+        if item.name != "output_dir"
+        and (item.name in needed or getattr(recipe, item.name) != default[item.name])
     }
 
 

@@ -251,7 +251,9 @@ def _variants(values: Any, lines: Lines) -> tuple[Variant, ...]:
         match = given.pop(MATCH, None) if isinstance(given, dict) else None
         options = _options(given, place, lines, "variant")
         if match is not None and (not isinstance(match, str) or match not in values):
-            raise lines.error((*place, MATCH), f"no variant {match!r}{suggestion(str(match), set(map(str, values)))}")
+            raise lines.error(
+                (*place, MATCH), f"no variant {match!r}{suggestion(str(match), set(map(str, values)))}"
+            )
         if match is not None and options.get("method") != "lora":
             raise lines.error((*place, MATCH), f"{MATCH} chooses the rank of method lora; add 'method: lora'")
         found.append(Variant(str(name), options, match))
@@ -285,7 +287,9 @@ def _options(values: Any, place: Place, lines: Lines, what: Literal["policy", "v
             others[name] = value
     given = options.get("adapter_args", {})
     if not isinstance(given, dict):
-        raise lines.error((*place, "adapter_args"), f"adapter_args is {given!r}; write 'option: value' lines below it")
+        raise lines.error(
+            (*place, "adapter_args"), f"adapter_args is {given!r}; write 'option: value' lines below it"
+        )
     if others:
         options["adapter_args"] = {**given, **others}
     return options
