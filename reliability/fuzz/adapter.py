@@ -20,7 +20,33 @@ SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1, 
 MODULE = "base_model.model.model.layers.0"
 N, R, G, LAYERS, D, F = 3, 2, 4, 2, 4, 6
 # Values that mean something somewhere in a configuration, and its own keys besides.
-EXTREMES: tuple[Any, ...] = (1, 2, 1024, 1025, 4096, 10**9, 0, -1, 0.5, 1.0, 1e10, [2, 4], {"mlp": 4}, {"(a+)+": 1}, [[0, 1]], [[0, 9]], [[1, 1]], ["mlp"], "mlp", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}, {"gate_proj": "__class__"}, [0, 1], [-1], {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}, {"parent_library": "/tmp/x"})  # fmt: skip
+EXTREMES: tuple[Any, ...] = (
+    1,
+    2,
+    1024,
+    1025,
+    4096,
+    10**9,
+    0,
+    -1,
+    0.5,
+    1.0,
+    1e10,
+    [2, 4],
+    {"mlp": 4},
+    {"(a+)+": 1},
+    [[0, 1]],
+    [[0, 9]],
+    [[1, 1]],
+    ["mlp"],
+    "mlp",
+    {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    {"gate_proj": "__class__"},
+    [0, 1],
+    [-1],
+    {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"},
+    {"parent_library": "/tmp/x"},
+)
 
 
 @cache
@@ -59,15 +85,16 @@ def config_input(rng: Random) -> Input:
     return {CONFIG_FILE: mutate_bytes(content, rng) if rng.random() < 0.08 else content}
 
 
-def _parse_config(folder: Path) -> dict[str, Any]:
-    return read_config(folder / CONFIG_FILE)
+def _parse_config(folder: Path) -> Path:
+    read_config(folder / CONFIG_FILE)
+    return folder / CONFIG_FILE
 
 
-def _validate_config(values: dict[str, Any]) -> None:
+def _validate_config(path: Path) -> None:
     from graphlora.tuner.config import GraphLoraConfig
 
-    # What PEFT's from_pretrained does with the values of the file.
-    config = GraphLoraConfig.from_peft_type(**values)
+    # What PEFT's from_pretrained does with the file.
+    config = GraphLoraConfig.from_peft_type(**GraphLoraConfig.from_json_file(str(path)))
     assert len(json.dumps(config.to_dict())) < MAX_JSON_BYTES
 
 

@@ -1,4 +1,4 @@
-"""Inputs for the importer of the authors' checkpoints: a zip archive with a pickle and raw records, and its settings."""
+"""Inputs for the importer of the authors' checkpoints: a zip archive of a pickle and raw records, and settings."""
 
 from __future__ import annotations
 
@@ -21,14 +21,34 @@ from reliability.fuzz.reader import Input, Reader
 
 R, D, F, G, LAYERS = 1, 4, 6, 3, 1
 SETTINGS: dict[str, Any] = {
-    "peft_type": "MIXLORA", "r": R, "lora_alpha": 4, "lora_dropout": 0.0, "routing_strategy": "goe", "num_experts": 1,
-    "top_k": 1, "num_gcnlayer": LAYERS, "edges_thresholds": 0.25, "dim_gcn": G, "router_route_loss_coef_": 0.005,
-    "router_count_loss_coef_": 8.0, "base_model_name_or_path": "base", "task_type": "CAUSAL_LM",
-}  # fmt: skip
+    "peft_type": "MIXLORA",
+    "r": R,
+    "lora_alpha": 4,
+    "lora_dropout": 0.0,
+    "routing_strategy": "goe",
+    "num_experts": 1,
+    "top_k": 1,
+    "num_gcnlayer": LAYERS,
+    "edges_thresholds": 0.25,
+    "dim_gcn": G,
+    "router_route_loss_coef_": 0.005,
+    "router_count_loss_coef_": 8.0,
+    "base_model_name_or_path": "base",
+    "task_type": "CAUSAL_LM",
+}
 WORDS = (*SETTINGS, "mixlora", "goe", 1, 2, 0, 10**9, 0.5, -1.0, "4", None)
 DTYPES = {"FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "DoubleStorage": 8, "LongStorage": 8}
-NAMES = ("posix system", "builtins eval", "torch._utils _rebuild_tensor_v2", "collections OrderedDict", "os", "builtins bytearray",
-         "torch._utils _rebuild_parameter", "torch Tensor", "torch FloatStorage")  # fmt: skip
+NAMES = (
+    "posix system",
+    "builtins eval",
+    "torch._utils _rebuild_tensor_v2",
+    "collections OrderedDict",
+    "os",
+    "builtins bytearray",
+    "torch._utils _rebuild_parameter",
+    "torch Tensor",
+    "torch FloatStorage",
+)
 OPCODES = b".(0Q}]tau)Rbes\x85\x86\x87\x88\x89N2\x93\x94\x97\x81"
 
 

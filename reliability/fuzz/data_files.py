@@ -18,28 +18,99 @@ from reliability.fuzz.reader import Input, Reader
 
 Rows = list[dict[str, Any]]
 OWN: tuple[Rows, ...] = (
-    [{"prompt": f"Say {i}", "completion": f"{i}", "domain": "d", "split": s} for i, s in enumerate(("train", "test", "val"))],
-    [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"{i}"}], "id": i} for i in range(3)],
-    [{"question": f"q{i}", "choices": ["one", "two", "three"], "answer": a} for i, a in enumerate(("B", 1, "one"))],
-    [{"question": "q", "A": "x", "B": "y", "answer": "A"}, {"question": "r", "A": "x", "B": "y", "answer": "y"}],
-    [{"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"} for _ in range(2)],
+    [
+        {"prompt": f"Say {i}", "completion": f"{i}", "domain": "d", "split": s}
+        for i, s in enumerate(("train", "test", "val"))
+    ],
+    [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"{i}"}], "id": i}
+        for i in range(3)
+    ],
+    [
+        {"question": f"q{i}", "choices": ["one", "two", "three"], "answer": a}
+        for i, a in enumerate(("B", 1, "one"))
+    ],
+    [
+        {"question": "q", "A": "x", "B": "y", "answer": "A"},
+        {"question": "r", "A": "x", "B": "y", "answer": "y"},
+    ],
+    [
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+        for _ in range(2)
+    ],
     [{"question": "q", "choice1": "x", "choice2": "y", "label": "0"}],
-)  # fmt: skip
+)
 TASK_ROWS: dict[str, Rows] = {
-    "arc_easy": [{"id": "a", "question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}],
+    "arc_easy": [
+        {"id": "a", "question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
+    ],
     "boolq": [{"question": "is it", "passage": "it is", "answer": True}],
-    "hellaswag": [{"ind": 1, "activity_label": "a", "ctx_a": "b", "ctx_b": "c", "ctx": "b c", "endings": ["d", "e", "f", "g"],
-                   "label": "2", "source_id": "s", "split": "val", "split_type": "indomain"}],
-    "openbookqa": [{"id": "a", "question_stem": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}],
+    "hellaswag": [
+        {
+            "ind": 1,
+            "activity_label": "a",
+            "ctx_a": "b",
+            "ctx_b": "c",
+            "ctx": "b c",
+            "endings": ["d", "e", "f", "g"],
+            "label": "2",
+            "source_id": "s",
+            "split": "val",
+            "split_type": "indomain",
+        }
+    ],
+    "openbookqa": [
+        {
+            "id": "a",
+            "question_stem": "q",
+            "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+            "answerKey": "B",
+        }
+    ],
     "piqa": [{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}],
-    "social_iqa": [{"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "2"}],
+    "social_iqa": [
+        {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "2"}
+    ],
     "winogrande": [{"sentence": "The _ is here", "option1": "a", "option2": "b", "answer": "1"}],
-}  # fmt: skip
+}
 WORDS: tuple[Any, ...] = (
-    "prompt", "completion", "messages", "question", "choices", "answer", "answerKey", "label", "split", "domain", "id", "A", "B",
-    "role", "content", "assistant", "user", "text", "train", "validation", "0", "1", "A", 0, 1, 2, -1, True, "[1", "[\"a\", \"b\"]",
-    "{\"text\": [\"a\"], \"label\": [\"b\"]}", "٣", "9" * 4400, {"role": "assistant", "content": "x"}, ["a", "b"], ["a"] * 30,
-)  # fmt: skip
+    "prompt",
+    "completion",
+    "messages",
+    "question",
+    "choices",
+    "answer",
+    "answerKey",
+    "label",
+    "split",
+    "domain",
+    "id",
+    "A",
+    "B",
+    "role",
+    "content",
+    "assistant",
+    "user",
+    "text",
+    "train",
+    "validation",
+    "0",
+    "1",
+    "A",
+    0,
+    1,
+    2,
+    -1,
+    True,
+    "[1",
+    '["a", "b"]',
+    '{"text": ["a"], "label": ["b"]}',
+    "٣",
+    "9" * 4400,
+    {"role": "assistant", "content": "x"},
+    ["a", "b"],
+    ["a"] * 30,
+)
 NAMES = ("rows.jsonl", "rows.csv", "rows.json", "rows.jsonl.gz")
 
 
@@ -123,6 +194,16 @@ DATA = Reader(
     parse=_parse,
     validate=_validate,
     modules=("tasks/rows.py", "tasks/shapes.py", "tasks/example.py", "tasks/custom.py", "tasks/task.py"),
-    excluded=("read_hub", "hub_splits", "hub_errors", "_parquet", "find_split", "Example.context", "_needed", "holdout",
-              "subset", "_parts"),
-)  # fmt: skip
+    excluded=(
+        "read_hub",
+        "hub_splits",
+        "hub_errors",
+        "_parquet",
+        "find_split",
+        "Example.context",
+        "_needed",
+        "holdout",
+        "subset",
+        "_parts",
+    ),
+)

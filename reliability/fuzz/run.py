@@ -40,7 +40,7 @@ class Counts:
     Attributes:
         outcomes: Inputs by kind of `Outcome`.
         bugs: First message of each different bug, with the number of its inputs.
-        slowest: Seconds of the slowest input.
+        slowest: Seconds of CPU time of the slowest input.
         seconds: Seconds of all of them.
         memory_growth: Bytes that the process's peak memory grew by.
     """

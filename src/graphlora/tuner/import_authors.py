@@ -134,6 +134,11 @@ def _check_base(checkpoint: AuthorsCheckpoint, base_config: dict[str, Any], name
 
 
 def adapter_config(checkpoint: AuthorsCheckpoint, base_model: str | None) -> GraphLoraConfig:
+    """The adapter's configuration that a checkpoint stands for.
+
+    Raises:
+        GraphLoraError: for settings that are missing, or that cannot work.
+    """
     graph = checkpoint.router_type == "graph"
     router: dict[str, Any] = {"router_poisson_loss_coef": 0.0, "router_normal_loss_coef": 0.0}
     if graph:
