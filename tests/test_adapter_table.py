@@ -52,7 +52,7 @@ def change_tensors(folder, change):
 
 BLOCK = "base_model.model.model.layers.1.mlp"
 CONFIGS = {
-    "experts": ({"num_experts": 512}, r"lora_A has shape \[4, 2, 16\]; .* asks for \[512, 2, any\]"),
+    "experts": ({"num_experts": 512}, r"cumulative_weights has shape \[4\]; .* asks for \[512\]"),
     "rank": ({"r": 64}, r"has shape .*; adapter_config.json asks for \[.*64.*\]"),
     "router width": ({"router_hidden_size": 8000}, r"graphlora_router.* asks for .*8000"),
     "router layers": ({"router_num_layers": 16}, r"graphlora_router\.\w+ has shape \[2, 8, 8\]; .*\[16, 8, 8\]"),
