@@ -101,7 +101,7 @@ def test_a_head_that_says_it_is_huge_is_not_read(saved):
     folder = saved()
     path = folder / WEIGHTS_FILE
     path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
-    with pytest.raises(GraphLoraError, match="truncated or damaged .* bytes long"):
+    with pytest.raises(GraphLoraError, match=r"truncated or damaged .* bytes long"):
         read_table(path)
 
 
@@ -109,5 +109,5 @@ def test_sizes_that_the_configuration_does_not_name_must_agree(saved):
     table = read_table(saved() / WEIGHTS_FILE)
     check_table(table, {"peft_type": "GRAPHLORA"})
     table.shapes[f"{BLOCK}.graphlora_coordination.cumulative_weights"] = (5,)
-    with pytest.raises(GraphLoraError, match=r"\[5\]"):
+    with pytest.raises(GraphLoraError, match=r"layers\.1\.mlp\..* asks for \[5, r, any\]"):
         check_table(table, {"peft_type": "GRAPHLORA"})
