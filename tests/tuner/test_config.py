@@ -140,7 +140,7 @@ HOSTILE = {
     "many entries": ({"target_modules": [str(i) for i in range(10_001)]}, "10001 entries"),
     "edges again and again": ({"edges": [[0, 1]] * 65}, "edges lists 65 pairs of 8 experts"),
     "python's own names": ({"ffn_modules": {"up_proj": "__class__", "down_proj": "b"}}, "not the name of a module"),
-    "no part of an FFN": ({"ffn_modules": {"forward": "b"}}, "ffn_modules names 'forward'"),
+    "no part of an FFN": ({"ffn_modules": {"forward": "b"}}, "must name down_proj and up_proj"),
     "library by path": ({"auto_mapping": {"parent_library": "/tmp/x"}}, "not the name of a library"),
     "layer": ({"layers_to_transform": [10**9]}, "layers_to_transform names 1000000000"),
     "task": ({"task_type": ["CAUSAL_LM"]}, "task_type=.* is unknown"),

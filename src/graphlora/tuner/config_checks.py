@@ -75,11 +75,21 @@ def check_names(config: GraphLoraConfig) -> None:
 
 
 def _check_modules(config: GraphLoraConfig) -> None:
-    for part, name in (config.ffn_modules or {}).items():
-        if part not in _FFN_PARTS:
-            raise GraphLoraError(f"ffn_modules names {part!r}; its keys are {', '.join(_FFN_PARTS)}.")
-        if not _is_module_name(name):
-            raise GraphLoraError(f"ffn_modules: {part}={name!r} is not the name of a module.")
+    modules = config.ffn_modules
+    if modules is not None:
+        named = set(modules)
+        if (
+            not named <= set(_FFN_PARTS)
+            or "down_proj" not in named
+            or not {"up_proj", "gate_up_proj"} & named
+        ):
+            raise GraphLoraError(
+                f"ffn_modules={_short(modules)} must name down_proj and up_proj (or gate_up_proj), and may name "
+                "gate_proj, act_fn, hidden_dropout and output_dropout."
+            )
+        for part, name in modules.items():
+            if not _is_module_name(name):
+                raise GraphLoraError(f"ffn_modules: {part}={name!r} is not the name of a module.")
     # PEFT imports the library that is named here.
     for key, name in (config.auto_mapping or {}).items():
         if not isinstance(name, str) or not _LIBRARY.fullmatch(name):

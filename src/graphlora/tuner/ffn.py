@@ -237,8 +237,6 @@ def projection_names(
 
 
 def _pattern_of(block: nn.Module, name: str, ffn_modules: dict[str, str] | None) -> FfnPattern:
-    if ffn_modules is not None:
-        _check_ffn_modules(ffn_modules)
     pattern = match_pattern(block, ffn_modules)
     if pattern is None:
         children = ", ".join(child for child, _ in block.named_children()) or "none"
@@ -247,24 +245,6 @@ def _pattern_of(block: nn.Module, name: str, ffn_modules: dict[str, str] | None)
             f"{_what_was_looked_for()}"
         )
     return pattern
-
-
-def _check_ffn_modules(ffn_modules: dict[str, str]) -> None:
-    known = {
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "gate_up_proj",
-        "hidden_dropout",
-        "output_dropout",
-        "act_fn",
-    }
-    unknown = set(ffn_modules) - known
-    if unknown or "down_proj" not in ffn_modules or not {"up_proj", "gate_up_proj"} & set(ffn_modules):
-        raise GraphLoraError(
-            f"ffn_modules={ffn_modules} must name down_proj and up_proj (or gate_up_proj), and may name "
-            "gate_proj, act_fn, hidden_dropout and output_dropout."
-        )
 
 
 @torch.no_grad()
