@@ -59,7 +59,7 @@ def _replayed(graph: torch.cuda.CUDAGraph) -> Call:
 
 
 def capture(candidate: FfnCandidate, bench: FfnBench) -> torch.cuda.CUDAGraph:
-    """Forward and backward of a candidate as one CUDA graph."""
+    """Forward and backward of a candidate as one CUDA graph; a failure leaves the process usable."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -67,6 +67,13 @@ def capture(candidate: FfnCandidate, bench: FfnBench) -> torch.cuda.CUDAGraph:
             candidate.gradients(bench.x, bench.dy)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        candidate.gradients(bench.x, bench.dy)
+    try:
+        with torch.cuda.graph(graph):
+            candidate.gradients(bench.x, bench.dy)
+    except failures():
+        # A failed capture leaves the device's random generator waiting for the rest of the capture.
+        fresh = torch.Generator(bench.device)
+        index = torch.cuda.current_device() if bench.device.index is None else bench.device.index
+        torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
     return graph

@@ -48,8 +48,12 @@ def measure(context: Context) -> None:
         except failures() as error:
             context.fail(name, describe_error(error), "kernels")
     # Last, because a failed capture can leave the stream unusable.
+    syncing = {m.candidate for m in context.found if m.phase == "syncs" and m.value}
     for name, candidate in made.items():
-        _try_capture(context, name, candidate, bench)
+        if name in syncing:
+            context.add(name, "not_capturable", 1.0, "blocks", first="reads values on the host")
+        else:
+            _try_capture(context, name, candidate, bench)
         release(context.device)
 
 
