@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.candidates.ffn import FfnBench, FfnCandidate
 from benchmarks.context import Context
 from benchmarks.failures import NotHere, failures
+from benchmarks.graphs import capture
 from benchmarks.shapes import SHAPES
-from benchmarks.suites.ffn import capture
 from graphlora.benchmark.timing import describe_error, release
 
 # The name in the table, and the candidate behind it: the whole adapted block as a model runs it.
@@ -96,7 +97,7 @@ def _find_syncs(context: Context, name: str, candidate: FfnCandidate, bench: Ffn
 
 def _try_capture(context: Context, name: str, candidate: FfnCandidate, bench: FfnBench) -> None:
     try:
-        graph = capture(candidate, bench)
+        graph = capture(partial(candidate.gradients, bench.x, bench.dy), bench.device)
         graph.replay()
         torch.cuda.synchronize()
         context.add(name, "not_capturable", 0.0, "blocks")

@@ -132,8 +132,8 @@ def test_no_kernel_makes_the_host_wait(backend):
     model = make_model(base=base, backend=backend, lora_dropout=0.1).cuda()
     batch = {name: t.cuda() for name, t in make_batch([6, 9, 4]).items()}
     model(**batch).loss.backward()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         model(**batch).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -26,6 +26,7 @@ class Tiles(NamedTuple):
         splits: programs that share the columns of f (token-major kernels).
         warps: warps per program.
         stages: depth of software pipelining.
+        registers: most registers per thread, so that more programs fit; None leaves it to the compiler.
     """
 
     tokens: int
@@ -33,6 +34,12 @@ class Tiles(NamedTuple):
     splits: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What Triton compiles with."""
+        options = {"num_warps": self.warps, "STAGES": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 class TilePlan(NamedTuple):
@@ -107,7 +114,7 @@ def _token_major(sizes: _Sizes, tiles: Tiles) -> tuple[dict[str, Any], int, int]
     constants = sizes.constants | {
         "KP": triton.next_power_of_2(sizes.top_k), "BT": sizes.tiles.forward.tokens, "BF": tiles.columns,
         "UNIFORM": sizes.plan.uniform, "EVEN": sizes.f % (tiles.columns * blocks) == 0,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
+        **tiles.options(),
     }  # fmt: skip
     return constants, triton.cdiv(columns, blocks), blocks
 
@@ -208,7 +215,7 @@ def _weight_gradients(
         *inputs, *tables, seed, order, sorted_weights, start, end, experts, partial,
         sizes.f, *(t.stride(0) for t in inputs), scaling,
         **sizes.constants, SLOTS=slots, BT=tiles.tokens, BF=tiles.columns, EVEN=sizes.f % tiles.columns == 0,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        **tiles.options(),
     )  # fmt: skip
     triton_reduce.reduce_weight_kernel[(triton.cdiv(sizes.f, 64), sizes.num_experts)](
         partial, start, end, experts, *d_tables, sizes.f, shape.chunks,
