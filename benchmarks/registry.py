@@ -117,7 +117,10 @@ _STEP_TINY = Case(
 
 
 def _shaped(suite: str, shapes: tuple[Shape, ...], seconds: float, **params: Any) -> tuple[Case, ...]:
-    label = " ".join(f"{key[0].upper() if key == 'tokens' else key}{value}" for key, value in params.items())
+    label = " ".join(
+        f"{'T' if key == 'tokens' else key}{' ' if isinstance(value, str) else ''}{value}"
+        for key, value in params.items()
+    )
     return tuple(
         Case(suite, f"{shape.name} {label}", {"shape": shape.name, **params}, seconds) for shape in shapes
     )
@@ -160,6 +163,7 @@ SUITES: dict[str, Suite] = {
             "router",
             (
                 *_shaped("router", (LLAMA3_8B,), 15, width=64, tokens=8192),
+                *_shaped("router", (LLAMA3_8B,), 15, width=256, tokens=8192, self_term="none"),
                 *_shaped("router", (LLAMA3_8B,), 15, width=256, tokens=8192),
             ),
             _shaped("router", (TINY,), 1, width=8, tokens=24),

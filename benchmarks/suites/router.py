@@ -29,6 +29,7 @@ def measure(context: Context) -> None:
     config = GraphLoraConfig(
         r=8, lora_alpha=ALPHA, num_experts=NUM_EXPERTS, top_k=TOP_K, router_hidden_size=p["width"],
         target_modules=["mlp"], attention_target_modules=[],
+        **({"router_self_term": p["self_term"]} if "self_term" in p else {}),
     )  # fmt: skip
     model = get_peft_model(cast(Any, Block(twin(bench.mlp))), config).train()
     layer = next(m for m in model.modules() if isinstance(m, GraphLoraLayer))

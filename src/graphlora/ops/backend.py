@@ -11,9 +11,6 @@ from graphlora.errors import GraphLoraError
 
 Backend = Literal["auto", "eager", "torch", "triton"]
 BACKENDS: tuple[str, ...] = ("auto", "eager", "torch", "triton")
-# The kernels are checked in Triton's interpreter and compiled for sm_90, but were not run on a GPU yet: until the
-# benchmarks' gate has passed on one, "auto" leaves them to those who ask for them by name.
-_AUTO_TAKES_KERNELS = False
 
 
 def resolve_backend(backend: str, device_type: str = "cpu", unsupported: str | None = None) -> str:
@@ -37,7 +34,7 @@ def resolve_backend(backend: str, device_type: str = "cpu", unsupported: str | N
         raise GraphLoraError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}.")
     if backend in {"eager", "torch"}:
         return backend
-    if backend == "auto" and (device_type != "cuda" or not _AUTO_TAKES_KERNELS):
+    if backend == "auto" and device_type != "cuda":
         return "torch"
     problem = _triton_problem(device_type)
     if problem is None and unsupported is not None:
