@@ -78,7 +78,10 @@ def test_nothing_else_changes_any_state(act):
 
 
 def checkpoint_activations(model, use_reentrant=False):
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    base = model.get_base_model()
+    # Older versions of transformers have only the second name.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
 
 

@@ -34,6 +34,7 @@ from graphlora.training.checkpoints import (
     writing,
 )
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
+from graphlora.training.determinism import deterministic_algorithms
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
 from graphlora.training.manifest import MANIFEST_FILE
@@ -94,7 +95,7 @@ def train(
     if resume and overwrite:
         raise GraphLoraError("--resume and --overwrite are both given; choose one")
     recipe = located(recipe)
-    with explained_memory(recipe):
+    with explained_memory(recipe), deterministic_algorithms(recipe.deterministic):
         return _train(recipe, resume, overwrite, workbench or Workbench())
 
 
