@@ -1,4 +1,4 @@
-"""`graphlora verify` against damage: random bits of a trained adapter flipped one at a time, other bases, another process."""
+"""`graphlora verify` against damage: random bits flipped one at a time, another base, another process."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     same = found["output_by_threads"]
     figure = (
-        f"{found['found_bits']} of {options.count} flipped bits found; output in another process: {same[1]} (1 thread), "
-        f"{same[2]} (2 threads); one base weight in ten moved by 1e-4: {found['output_on_other_base']}"
+        f"{found['found_bits']} of {options.count} flipped bits found; output in another process: "
+        f"{same[1]} (1 thread), {same[2]} (2 threads); one base weight in ten moved by 1e-4: {found['output_on_other_base']}"
     )
     print(figure)
     print(write_record("verify", PROMISE, TEST, figure, found))
