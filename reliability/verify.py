@@ -50,7 +50,7 @@ def main() -> int:
     same = found["output_by_threads"]
     figure = (
         f"{found['found_bits']} of {options.count} flipped bits found; output in another process: "
-        f"{same[1]} (1 thread), {same[2]} (2 threads); one base weight in ten moved by 1e-4: {found['output_on_other_base']}"
+        f"{same[1]} (1 thread), {same[2]} (2 threads); another base: {found['output_on_other_base']}"
     )
     print(figure)
     print(write_record("verify", PROMISE, TEST, figure, found))
