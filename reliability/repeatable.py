@@ -1,7 +1,7 @@
 """The same seed gives the same adapter: every path trained in two processes of its own and compared bit for bit.
 
 `python -m reliability.repeatable` takes a few minutes on a CPU. On a GPU, `--device cuda` adds the Triton kernels and
-recorded steps, and `--model PATH` measures what deterministic mode costs on a real model.
+recorded steps, and `--model PATH` takes a real model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -76,10 +75,7 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     equal = sum(path["equal"] for path in found["paths"].values())
     num = len(found["paths"])
-    cost = found["deterministic_cost"]
     figure = f"{equal} of {num} paths equal in {options.count} processes, {found['steps']} steps each"
-    if cost is not None:
-        figure += f"; deterministic mode takes {cost:.2f} of the time ({options.device})"
     print(figure)
     name = "repeatable" if options.device == "cpu" else "repeatable_gpu"
     machine = None if options.device == "cpu" else found["device"]
@@ -95,7 +91,6 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if not options.paths or name in options.paths or name == "plain"
     ]
     paths: dict[str, dict[str, Any]] = {}
-    times: dict[str, list[float]] = {}
     device = ""
     for name in wanted:
         digests = []
@@ -105,13 +100,10 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             record = _train(folder, output, changes, options)
             device = record["device"]
             digests.append(_digest(output / WEIGHTS, record))
-            times.setdefault(name, []).append(record["metrics"]["step_time"])
         expected = digests[0] if name in alone else paths["plain"]["digest"]
         paths[name] = {"digest": digests[0], "equal": all(digest == expected for digest in digests)}
         print(f"{name}: {'equal' if paths[name]['equal'] else 'DIFFERENT'}", flush=True)
-    slow = times.get("deterministic mode")
-    cost = statistics.median(slow) / statistics.median(times["plain"]) if slow else None
-    return {"paths": paths, "steps": options.steps, "deterministic_cost": cost, "device": device}
+    return {"paths": paths, "steps": options.steps, "device": device}
 
 
 def _train(
