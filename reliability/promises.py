@@ -50,6 +50,7 @@ PROMISES = (
     Promise(FILES, "fuzz_data", "No data file crashes.", "fuzz data"),
     Promise(FILES, "fuzz_authors", "No checkpoint of the authors crashes.", "fuzz authors"),
     Promise(REPEAT, "repeatable", "The same seed gives the same adapter, bit for bit, on one device."),
+    Promise(REPEAT, "deterministic_cost", "Deterministic mode costs little."),
     Promise(
         REPEAT, "verify", "`graphlora verify` finds every changed byte and reproduces a recorded output."
     ),
