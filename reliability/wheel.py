@@ -79,7 +79,7 @@ def check(folder: Path, python: str) -> dict[str, Any]:
     names = set(zipfile.ZipFile(wheel).namelist())
     data = _check_contents(names)
     clean = folder / "clean"
-    _run([python, "-m", "venv", str(clean)])
+    _run([python, "-m", "venv", "--clear", str(clean)])
     interpreter = str(clean / "bin" / "python")
     locked = ["-c", str(ROOT / "constraints.txt")]
     _run([interpreter, "-m", "pip", "install", "-q", "--disable-pip-version-check", *locked, str(wheel)])
