@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -35,13 +36,15 @@ def deterministic_algorithms(on: bool) -> Iterator[None]:
         yield
         return
     was = torch.get_deterministic_debug_mode()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    # A module whose settings are properties, which type checkers do not see.
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     environment = {name: os.environ.get(name) for name in ENVIRONMENT}
     # What the user has set stays.
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if environment[name] is None})
     torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
         yield
@@ -55,7 +58,7 @@ def deterministic_algorithms(on: bool) -> Iterator[None]:
         ) from error
     finally:
         torch.set_deterministic_debug_mode(was)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = fills
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         for name, value in environment.items():
             if value is None:
