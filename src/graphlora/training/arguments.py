@@ -33,6 +33,7 @@ SAME_NAME = (
     "run_name",
 )
 REFUSED = {
+    "full_determinism": "use --deterministic, which costs less",
     "label_smoothing_factor": "it would replace the model's loss and drop the router's losses",
     "push_to_hub": "push the finished adapter with PeftModel.push_to_hub",
     "resume_from_checkpoint": "use --resume",

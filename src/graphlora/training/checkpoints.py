@@ -14,6 +14,7 @@ from pathlib import Path
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from graphlora.training.manifest import MANIFEST_FILE
 
 CHECKPOINTS = "checkpoints"
 STAGING = ".incomplete"
@@ -150,7 +151,7 @@ def _checkpoints(output: Path) -> list[Path]:
 def remove_run(output: Path) -> None:
     """Delete what a run wrote; other files stay."""
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    for name in (RECIPE_FILE, CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"):
+    for name in (RECIPE_FILE, CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, MANIFEST_FILE, "README.md"):
         (output / name).unlink(missing_ok=True)
 
 

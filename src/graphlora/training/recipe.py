@@ -149,6 +149,11 @@ class Recipe:
         "training", "order of the rows; shuffled anew each epoch from the seed", "random"
     )
     seed: int = option("training", "seed of weights, data order and dropout", 0)
+    deterministic: bool = option(
+        "training",
+        "the same seed gives the same bits on a GPU too; operations without such a form are refused",
+        False,
+    )
     training_args: dict[str, Any] = option(
         "training", "any other field of transformers.TrainingArguments", factory=dict
     )

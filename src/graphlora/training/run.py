@@ -34,10 +34,13 @@ from graphlora.training.checkpoints import (
     writing,
 )
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
+from graphlora.training.determinism import deterministic_algorithms
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
+from graphlora.training.manifest import MANIFEST_FILE
 from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
 from graphlora.training.recipe import Recipe
+from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
 from graphlora.training.run_data import RunData, default_metric
@@ -92,7 +95,7 @@ def train(
     if resume and overwrite:
         raise GraphLoraError("--resume and --overwrite are both given; choose one")
     recipe = located(recipe)
-    with explained_memory(recipe):
+    with explained_memory(recipe), deterministic_algorithms(recipe.deterministic):
         return _train(recipe, resume, overwrite, workbench or Workbench())
 
 
@@ -129,8 +132,10 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
     metrics = _run(trainer, recipe, checkpoint, workbench.takes_signals) | {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
     if trainer.is_world_process_zero():
+        (output / MANIFEST_FILE).unlink(missing_ok=True)
         save(model, output)
         record.write(output / RECORD_FILE)
+        seal(trainer, model, tokenizer, output)
     return TrainResult(output, metrics, record, model, tokenizer, trainer.state.log_history)
 
 
@@ -252,6 +257,18 @@ def save(model: PeftModel, output: Path) -> None:
                 path.replace(output / path.name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def seal(trainer: AdapterTrainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Write the manifest that `graphlora verify` reads; the model computes its output as it will when it is used."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    wrapped = {name: value for name, value in vars(model).items() if name in ("forward", "_original_forward")}
+    try:
+        # Takes the training's autocast off the model's forward.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        make_manifest(output, model, tokenizer, sharded=sharded).write(output)
+    finally:
+        vars(model).update(wrapped)
 
 
 def go_on_command(output: Path) -> str:
