@@ -17,7 +17,7 @@ FIXED = (
     "loraplus_lr_ratio",
     "seed",
 )
-DEPENDS_ON_MACHINE = ("dtype", "max_length")
+DEPENDS_ON_MACHINE = ("dtype", "max_length", "streaming")
 
 
 def check_same_run(before: Recipe, now: Recipe) -> None:
