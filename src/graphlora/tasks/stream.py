@@ -51,8 +51,8 @@ class StreamPlace:
         """
         try:
             block = dict(values["block"])
-            lists = {name: tuple(block.pop(name)) for name in ("places", "taken")}
-            place = cls(int(values["row"]), Block(**block, **lists))
+            places, taken = tuple(block.pop("places")), tuple(block.pop("taken"))
+            place = cls(int(values["row"]), Block(**block, places=places, taken=taken))
         except (KeyError, TypeError, ValueError) as error:
             raise GraphLoraError(f"the place in the stream {values!r} is damaged: {error}") from error
         return place

@@ -49,7 +49,7 @@ from graphlora.training.resuming import check_same_run
 from graphlora.training.run_data import RunData, default_metric
 from graphlora.training.step_mode import StepMode, allow_shapes, resolve_step_mode
 from graphlora.training.stream_setup import stream_loader
-from graphlora.training.streaming import TokenStream
+from graphlora.training.streaming import BadRow, TokenStream
 from graphlora.training.trainer import AdapterTrainer
 from graphlora.training.workbench import Workbench
 
@@ -333,6 +333,9 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
 
 
 def _explained(error: GraphLoraError, recipe: Recipe, last: Path | None) -> GraphLoraError:
+    if isinstance(error, BadRow) and last is not None:
+        command = go_on_command(Path(recipe.output_dir))
+        return GraphLoraError(f"{error}; mend the row and go on from {last} with: {command}")
     if "not finite" not in str(error) and "the loss is" not in str(error):
         return error
     where = f"the last good checkpoint is {last}" if last is not None else "no checkpoint had been saved yet"

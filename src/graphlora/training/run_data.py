@@ -20,7 +20,7 @@ from graphlora.training.streaming import FitsLength, TokenStream
 
 STREAM_ABOVE = 1 << 30
 STREAM_EVAL_ROWS = 1000
-SAMPLE_ROWS = 200
+SAMPLE_ROWS = 100
 
 
 @dataclass

@@ -26,6 +26,10 @@ from graphlora.training.data import Encoding, Row, encode, encode_all
 PLACE_FILE = "stream.json"
 
 
+class BadRow(GraphLoraError):
+    """A row that is broken, does not fit or is too long, met while training."""
+
+
 @dataclass(frozen=True)
 class TokenStream:
     """Rows to train on that are not held in memory.
@@ -178,7 +182,7 @@ class StreamLoader:
         """Batches from the place on.
 
         Raises:
-            GraphLoraError: A row that is broken, does not fit or is too long; names file and line.
+            BadRow: Names file and line.
         """
         # With a generator of its own the loader takes no number from the one that dropout draws from.
         loader = DataLoader(
@@ -190,7 +194,7 @@ class StreamLoader:
         )
         for batch in itertools.islice(loader, self._num_batches):
             if batch.error is not None:
-                raise GraphLoraError(batch.error)
+                raise BadRow(batch.error)
             self.place = batch.place
             yield batch.rows
 
