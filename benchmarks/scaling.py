@@ -21,7 +21,8 @@ NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 LOGIT_BYTES = 12
 # Bytes that AdamW reads and writes per parameter: weight, gradient and two moments; weight and moments.
 ADAMW_TRAFFIC = 7 * FLOAT32
-BUCKET_BYTES = 25 * 2**20
+# Gradients travel in pieces: DDP's, and those of `graphlora.training.sharding`.
+BUCKET_BYTES = {"ddp": 25 * 2**20, "fsdp": 64 * 2**20, "hybrid": 64 * 2**20}
 Mode = Literal["ddp", "fsdp", "hybrid"]
 
 
@@ -142,7 +143,7 @@ class Plan:
         shape: The model.
         gpus: Number of GPUs.
         mode: `"ddp"`: the base on every GPU; `"fsdp"`: split over all GPUs; `"hybrid"`: split over the GPUs of a node,
-            the same on every node.
+            the same on every node. The adapter is whole on every GPU.
         bits: Of the base's linear layers: 16, or 4.
         tokens: Tokens of a GPU in a micro-batch.
         length: Of a row.
@@ -214,8 +215,7 @@ def compute_seconds(plan: Plan) -> float:
 
 def optimizer_seconds(plan: Plan) -> float:
     """Of AdamW, which memory bounds."""
-    own = plan.adapter.parameters(plan.shape) / plan.shards
-    return own * ADAMW_TRAFFIC / plan.cluster.memory_bandwidth
+    return plan.adapter.parameters(plan.shape) * ADAMW_TRAFFIC / plan.cluster.memory_bandwidth
 
 
 def activation_bytes(shape: Shape, adapter: Adapter) -> float:
@@ -231,14 +231,13 @@ def activation_bytes(shape: Shape, adapter: Adapter) -> float:
 def memory(plan: Plan) -> dict[str, float]:
     """Bytes of one GPU at the peak of a step, by what they hold."""
     shape, adapter = plan.shape, plan.adapter
-    trained = adapter.parameters(shape) / plan.shards
-    layer = plan.layer_bytes + FLOAT32 * adapter.layer_parameters(shape)
+    trained = adapter.parameters(shape)
     whole = plan.tokens * activation_bytes(shape, adapter)
     inputs = plan.tokens * shape.hidden_size * BFLOAT16
     kept = shape.num_layers * inputs + whole if plan.checkpointing else shape.num_layers * whole
     return {
         "base": plan.base_bytes / plan.shards,
-        "gathered": 2 * layer + plan.outer_bytes if plan.shards > 1 else 0.0,
+        "gathered": 2 * plan.layer_bytes + plan.outer_bytes if plan.shards > 1 else 0.0,
         "adapter": FLOAT32 * trained,
         "gradients": (2 if plan.mode == "ddp" and plan.gpus > 1 else 1) * FLOAT32 * trained,
         "optimizer": 2 * FLOAT32 * trained,
@@ -254,34 +253,26 @@ class Collective:
 
     Attributes:
         what: What they carry.
-        kind: `"all_gather"`, `"reduce_scatter"` or `"all_reduce"`.
+        kind: `"all_gather"` or `"all_reduce"`.
         count: How many.
         num_bytes: Of all together, whole tensors.
         gpus: That take part.
-        nodes_apart: Whether each of them is on another node.
     """
 
     what: str
-    kind: Literal["all_gather", "reduce_scatter", "all_reduce"]
+    kind: Literal["all_gather", "all_reduce"]
     count: int
     num_bytes: float
     gpus: int
-    nodes_apart: bool = False
 
     def seconds(self, cluster: Cluster) -> float:
         """Of all together: the bytes over the bandwidth, and the latency of each."""
         if self.gpus < 2:
             return 0.0
         factor = (2 if self.kind == "all_reduce" else 1) * (self.gpus - 1) / self.gpus
-        if self.nodes_apart:
-            # One group for each GPU of a node, with that GPU's share of the network.
-            bandwidth = cluster.share * min(cluster.nvlink, cluster.node_network)
-            latency = cluster.launch + 2 * math.ceil(math.log2(self.gpus)) * cluster.network_hop
-        else:
-            bandwidth = cluster.bandwidth(self.gpus)
-            small = self.kind == "all_reduce"
-            latency = cluster.tree_latency(self.gpus) if small else cluster.ring_latency(self.gpus)
-        return factor * self.num_bytes / bandwidth + self.count * latency
+        in_tree = self.kind == "all_reduce"
+        latency = cluster.tree_latency(self.gpus) if in_tree else cluster.ring_latency(self.gpus)
+        return factor * self.num_bytes / cluster.bandwidth(self.gpus) + self.count * latency
 
 
 def collectives(plan: Plan) -> Iterator[Collective]:
@@ -290,18 +281,10 @@ def collectives(plan: Plan) -> Iterator[Collective]:
     trained = FLOAT32 * adapter.parameters(shape)
     if plan.shards > 1:
         layers = 2 * turns * shape.num_layers
-        each = plan.layer_bytes + FLOAT32 * adapter.layer_parameters(shape)
-        yield Collective("weights of layers", "all_gather", layers, layers * each, plan.shards)
+        yield Collective("weights of layers", "all_gather", layers, layers * plan.layer_bytes, plan.shards)
         yield Collective("embedding and head", "all_gather", turns, turns * plan.outer_bytes, plan.shards)
-        yield Collective("gradients", "reduce_scatter", shape.num_layers, trained, plan.shards)
-    else:
-        buckets = max(1, math.ceil(trained / BUCKET_BYTES))
-        yield Collective("gradients", "all_reduce", buckets, trained, plan.gpus)
-    if plan.mode == "hybrid" and plan.gpus > plan.shards:
-        nodes = plan.cluster.nodes(plan.gpus)
-        yield Collective(
-            "gradients among nodes", "all_reduce", shape.num_layers, trained, nodes, nodes_apart=True
-        )
+    buckets = max(1, math.ceil(trained / BUCKET_BYTES[plan.mode]))
+    yield Collective("gradients", "all_reduce", buckets, trained, plan.gpus)
     yield Collective("loads", "all_reduce", turns, turns * adapter.load_bytes(shape), plan.gpus)
     yield Collective("count of labels", "all_gather", 1, 8 * plan.gpus, plan.gpus)
 
@@ -347,21 +330,22 @@ class Step:
 def step(plan: Plan) -> Step:
     """Time of an optimizer step.
 
-    Gathers of weights run while the layer before computes: of them shows what takes longer than computing, and the
-    first layer's. Reductions of gradients run during the last backward, half of the micro-batch's time; the last
-    bucket's always shows.
+    Gathers of layers run while the layer before computes: of them shows what takes longer than computing, and the
+    first layer's; embedding and head come before all layers. DDP reduces gradients during the last backward, half of
+    the micro-batch's time, but for the last bucket; with a sharded base they are averaged after it.
     """
-    cluster = plan.cluster
     found = list(collectives(plan))
-    seconds = {item.what: item.seconds(cluster) for item in found}
+    seconds = {item.what: item.seconds(plan.cluster) for item in found}
     once = compute_seconds(plan)
     compute = plan.micro_batches * once
-    gathers = seconds.get("weights of layers", 0.0) + seconds.get("embedding and head", 0.0)
-    first = gathers / (2 * plan.shape.num_layers) if gathers else 0.0
-    reductions = seconds["gradients"] + seconds.get("gradients among nodes", 0.0)
-    count = next(item.count for item in found if item.what == "gradients")
-    exposed = max(gathers - compute, 0.0) + first
-    exposed += max(reductions - once / 2, 0.0) + reductions / count + seconds["count of labels"]
+    gathers = seconds.get("weights of layers", 0.0)
+    exposed = max(gathers - compute, 0.0) + gathers / (2 * plan.shape.num_layers)
+    exposed += seconds.get("embedding and head", 0.0) + seconds["count of labels"]
+    gradients = seconds["gradients"]
+    if plan.mode == "ddp":
+        count = next(item.count for item in found if item.what == "gradients")
+        gradients = max(gradients - once / 2, gradients / count)
+    exposed += gradients
     return Step(
         compute,
         sum(seconds.values()),

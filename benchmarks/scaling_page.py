@@ -23,6 +23,7 @@ from benchmarks.scaling import (
     first_limit,
     hidden_from,
     memory,
+    optimizer_seconds,
     step,
     waiting_share,
     with_global_batch,
@@ -39,10 +40,10 @@ CLUSTERS = (Cluster(), SLOW, ETHERNET)
 MODES: tuple[tuple[Mode, int, str], ...] = (
     ("ddp", 16, "DDP"),
     ("ddp", 4, "DDP, 4-bit"),
-    ("hybrid", 16, "FSDP2 per node"),
-    ("hybrid", 4, "FSDP2 per node, 4-bit"),
     ("fsdp", 16, "FSDP2"),
     ("fsdp", 4, "FSDP2, 4-bit"),
+    ("hybrid", 16, "FSDP2 per node"),
+    ("hybrid", 4, "FSDP2 per node, 4-bit"),
 )
 GLOBAL_TOKENS = 2**19
 COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#8a8a8a", "#dddddd")
@@ -116,28 +117,29 @@ def _adapter_table(measurements: Sequence[Measurement], two_gpus: dict[str, Any]
         adapter = Adapter()
         trained = adapter.parameters(shape)
         routers = shape.num_layers * adapter.router_parameters(shape)
+        loads = [step(Plan(shape, gpus)).loads for gpus in (GPUS[0], GPUS[-1])]
         rows.append(
             (shape.name, f"{shape.num_matmul() / 1e9:.1f} B", f"{trained / 1e6:,.0f} M", f"{routers / 1e6:.0f} M",
-             _bytes(FLOAT32 * trained), _bytes(3 * FLOAT32 * trained), f"{adapter.load_bytes(shape):,} B")
+             _bytes(FLOAT32 * trained), _bytes(3 * FLOAT32 * trained), f"{adapter.load_bytes(shape):,} B",
+             *(f"{1e6 * seconds:.0f} µs" for seconds in loads))
         )  # fmt: skip
-    return _table(
-        (
-            "model",
-            "weights in products",
-            "trained",
-            "of these routers",
-            "gradients",
-            "weights and moments",
-            "loads",
-        ),
-        rows,
+    names = (
+        "model",
+        "weights in products",
+        "trained",
+        "of these routers",
+        "gradients",
+        "weights and moments",
+        "loads",
     )
+    return _table((*names, *(f"their all-reduce, {gpus} GPUs" for gpus in (GPUS[0], GPUS[-1]))), rows)
 
 
 def _collectives_table(measurements: Sequence[Measurement], two_gpus: dict[str, Any]) -> str:
     del measurements, two_gpus
     rows = []
-    for mode, label in (("ddp", "DDP"), ("hybrid", "FSDP2 per node"), ("fsdp", "FSDP2")):
+    kinds: tuple[tuple[Mode, str], ...] = (("ddp", "DDP"), ("fsdp", "FSDP2"), ("hybrid", "FSDP2 per node"))
+    for mode, label in kinds:
         plan = Plan(LLAMA3_8B, 64, mode)
         for item in collectives(plan):
             seconds = [item.seconds(cluster) for cluster in CLUSTERS[:2]]
@@ -274,18 +276,26 @@ def _step_checks(measurements: Sequence[Measurement]) -> list[tuple[str, ...]]:
 
 
 def _two_gpu_checks(values: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Every measured efficiency of the record, by the mode that its name holds."""
+    """Speed and memory of DDP and FSDP2 on two GPUs, from the speed of one: 8 rows of 1024 tokens for each."""
+    found = values.get("scaling", {})
+    if values.get("tiny") or "step_seconds" not in found.get("one", {}):
+        return []
+    plan = Plan(LLAMA3_8B, 1, tokens=8 * 1024, length=1024, checkpointing=False)
+    alone = found["one"]["step_seconds"]
+    plan = replace(plan, mfu=compute_seconds(replace(plan, mfu=1.0)) / (alone - optimizer_seconds(plan)))
+    modes: tuple[tuple[str, Mode], ...] = (("ddp", "ddp"), ("fsdp2", "fsdp"))
     rows = []
-    for name, value in values.items():
-        if "efficiency" in name and isinstance(value, (int, float)):
-            mode: Mode = "fsdp" if "fsdp" in name else "ddp"
-            tokens = int(values.get("tokens_per_gpu", Plan(LLAMA3_8B).tokens))
-            found = step(
-                Plan(LLAMA3_8B, 2, mode, tokens=tokens, mfu=float(values.get("mfu", Plan(LLAMA3_8B).mfu)))
-            )
-            rows.append(
-                _check(f"two GPUs: {name.replace('_', ' ')}", found.efficiency, value, lambda x: f"{x:.3f}")
-            )
+    for name, mode in modes:
+        both = replace(plan, gpus=2, mode=mode)
+        entry = found.get(name, {})
+        if "efficiency" in entry:
+            value = alone / step(both).seconds
+            what = f"two GPUs, {name}: speed of a GPU over that of one alone"
+            rows.append(_check(what, value, entry["efficiency"], lambda share: f"{share:.3f}"))
+        if "peak_memory" in entry:
+            parts = memory(both)
+            value = sum(parts.values()) - parts["reserved"]
+            rows.append(_check(f"two GPUs, {name}: peak memory", value, entry["peak_memory"], _bytes))
     return rows
 
 
@@ -318,12 +328,17 @@ TABLES: dict[str, Table] = {
 
 
 def _fitting() -> list[tuple[Shape, Mode, int, str]]:
-    """Per model the first two modes that fit on 64 GPUs, with 16 bits where possible."""
+    """Per model the modes worth a row: DDP, FSDP2 and FSDP2 per node, with 16 bits where that fits on 64 GPUs."""
     chosen = []
     for shape in MODELS:
-        fits = [(shape, *mode) for mode in MODES if _has_room(Plan(shape, 64, mode[0], mode[1]))]
-        fits.sort(key=lambda entry: entry[2] == 4)
-        chosen += fits[:2]
+        kinds: tuple[Mode, ...] = ("ddp", "fsdp", "hybrid")
+        for kind in kinds:
+            fits = [
+                (shape, *mode)
+                for mode in MODES
+                if mode[0] == kind and _has_room(Plan(shape, 64, kind, mode[1]))
+            ]
+            chosen += fits[:1]
     return chosen
 
 
@@ -366,19 +381,21 @@ def _values(measurements: Sequence[Measurement], case: str) -> dict[str, float]:
 
 
 def _memory_figure() -> Any:
-    figure, grid = panels(len(MODELS), 3, height=4.2)
+    modes, top = [mode for mode in MODES if mode[0] != "hybrid"], 220
+    figure, grid = panels(len(MODELS), 3, height=3.8)
     for axes, shape in zip(grid, MODELS, strict=True):
-        bottom = [0.0] * len(MODES)
-        for color, part in zip(COLORS, memory(Plan(shape)), strict=True):
-            values = [memory(Plan(shape, 8, mode, bits))[part] / 1e9 for mode, bits, _ in MODES]
-            axes.bar(range(len(MODES)), values, bottom=bottom, color=color, label=part)
+        found = [memory(Plan(shape, 8, mode, bits)) for mode, bits, _ in modes]
+        bottom = [0.0] * len(modes)
+        for color, part in zip(COLORS, found[0], strict=True):
+            values = [parts[part] / 1e9 for parts in found]
+            axes.bar(range(len(modes)), values, bottom=bottom, color=color, label=part)
             bottom = [a + b for a, b in zip(bottom, values, strict=True)]
         axes.axhline(Cluster().memory / 1e9, color="#222222", linestyle="--")
-        axes.set_ylim(0, 220)
+        axes.set_ylim(0, top)
         for at, total in enumerate(bottom):
-            if total > 220:
-                axes.text(at, 212, f"{total:.0f}", ha="center", fontsize=FONT - 3, color="white")
-        axes.set_xticks(range(len(MODES)), [label for _, _, label in MODES], rotation=60, ha="right")
+            if total > top:
+                axes.text(at, 0.9 * top, f"{total:.0f}", ha="center", fontsize=FONT - 2, color="white")
+        axes.set_xticks(range(len(modes)), [label for _, _, label in modes], rotation=45, ha="right")
         axes.set_title(shape.name, fontsize=FONT)
     grid[0].set_ylabel("GB per GPU, 8 GPUs", fontsize=FONT)
     handles, labels = grid[0].get_legend_handles_labels()
