@@ -51,7 +51,7 @@ def main() -> None:
     share = "" if options.ranks == 1 else f" (the share of one of {options.ranks} processes)"
     grown = f"memory grew by {values['growth_bytes'] / 1e6:.0f} MB above the start of training"
     figure = f"{read}, {values['rows_tokenized']:,} of them tokenized{share}: {grown}"
-    test = "tests/training/test_streaming_memory.py::test_memory_does_not_grow_with_the_data"
+    test = "tests/reliability/test_streaming.py::test_memory_does_not_grow_with_the_data"
     sys.stdout.write(f"{write_record('streaming', PROMISE, test, figure, values)}\n{figure}\n")
 
 
