@@ -20,7 +20,8 @@ from graphlora.tasks.stream import ExampleStream
 from graphlora.tasks.stream_sources import FileSource, open_source
 from graphlora.training import Recipe, train
 from graphlora.training.data import Encoding, padding_collator
-from graphlora.training.resolving import wants_streaming
+from graphlora.training.resolving import located
+from graphlora.training.run_data import wants_streaming
 from graphlora.training.streaming import PLACE_FILE, Deal, StreamLoader, TokenStream, read_place, write_place
 
 ROWS = 203
@@ -171,6 +172,9 @@ def test_large_local_data_is_streamed_by_itself(tmp_path, tiny_recipe):
     for task, streamed in ((str(path), True), ({str(path): 1, "quiz": 1}, True), ("quiz", False)):
         assert wants_streaming(Recipe.from_dict(tiny_recipe | {"task": task})) is streamed
     assert wants_streaming(Recipe.from_dict(tiny_recipe | {"task": str(path), "train_limit": 5})) is False
+    pattern = Recipe.from_dict(tiny_recipe | {"task": "data/part-*.jsonl"})
+    assert wants_streaming(pattern)
+    assert located(pattern).task == str(Path("data/part-*.jsonl").absolute())
     assert wants_streaming(Recipe.from_dict(tiny_recipe | {"task": str(path), "streaming": False})) is False
 
 

@@ -287,6 +287,11 @@ def split_of(row: Row) -> str:
     return "validation" if int(digest(row)[:8], 16) % HELD_OUT_OF == 0 else "train"
 
 
+def is_pattern(spec: str) -> bool:
+    """Whether `spec` stands for several files, as `data/part-*.jsonl` does."""
+    return glob.has_magic(spec) and not spec.startswith(HUB_PREFIX) and not Path(spec).exists()
+
+
 def data_bytes(specs: Sequence[str]) -> int:
     """Size of the local files among the specs, as unpacked; 0 where there are none."""
     total = 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from graphlora.errors import GraphLoraError
+from graphlora.tasks.stream_sources import is_pattern
 from graphlora.training.loading import resolve_path
 from graphlora.training.recipe import Recipe
 from graphlora.training.run_data import wants_streaming
@@ -44,4 +45,6 @@ def completed(recipe: Recipe, config: Any, dtype: torch.dtype) -> Recipe:
 
 
 def _located_task(task: str) -> str:
+    if is_pattern(task):
+        return str(Path(task).expanduser().absolute())
     return resolve_path(task) if "." in Path(task).name or "/" in task else task

@@ -13,7 +13,7 @@ from graphlora.errors import GraphLoraError
 from graphlora.records import data_hash
 from graphlora.tasks import Example, TextExample, load_examples, load_mixture
 from graphlora.tasks.stream import ExampleStream, StreamPlace
-from graphlora.tasks.stream_sources import HubSource, data_bytes, open_source
+from graphlora.tasks.stream_sources import HubSource, data_bytes, is_pattern, open_source
 from graphlora.training.data import Encoded, Encoding, encode_all, prompt_template
 from graphlora.training.recipe import Recipe
 from graphlora.training.streaming import FitsLength, TokenStream
@@ -71,10 +71,12 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
 
 
 def wants_streaming(recipe: Recipe) -> bool:
-    """Whether rows are read while training: as the recipe says, else where the local data is large."""
+    """Whether rows are read while training: as the recipe says, else where the local data is large or a pattern."""
     if recipe.streaming is not None:
         return recipe.streaming
     specs = list(recipe.task) if isinstance(recipe.task, dict) else [recipe.task]
+    if any(map(is_pattern, specs)):
+        return True
     return recipe.train_limit is None and data_bytes(specs) > STREAM_ABOVE
 
 
