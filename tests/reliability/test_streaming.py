@@ -1,7 +1,6 @@
 """Memory while rows pass through the data path of a training; `python -m reliability.streaming` is the full size."""
 
 import pytest
-
 from reliability.streaming import measure
 
 
