@@ -78,6 +78,20 @@ class LossWatch:
         raise GraphLoraError(f"the loss is {float(self.bad_loss)} at step {int(self.first_bad)}")
 
 
+class StreamEpochs(TrainerCallback):
+    """Tells the epoch of a stream, whose loader has no end."""
+
+    def __init__(self, epochs: Callable[[], float]) -> None:
+        """Ask for passes over the data with `epochs`."""
+        self._epochs = epochs
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch before it is logged."""
+        state.epoch = self._epochs()
+
+
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM, finish the step, save a checkpoint and end training; a second one ends at once.
 

@@ -17,7 +17,8 @@ FIXED = (
     "loraplus_lr_ratio",
     "seed",
 )
-DEPENDS_ON_MACHINE = ("dtype", "max_length")
+PARTS_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
+DEPENDS_ON_MACHINE = ("dtype", "max_length", "streaming")
 
 
 def check_same_run(before: Recipe, now: Recipe) -> None:
@@ -29,7 +30,9 @@ def check_same_run(before: Recipe, now: Recipe) -> None:
     changed = [item for item in fields(Recipe) if getattr(before, item.name) != getattr(now, item.name)]
     fixed = []
     for item in changed:
-        is_fixed = item.metadata["group"] in FIXED_GROUPS or item.name in FIXED
+        # A stream goes on after its last row, whatever the steps are made of.
+        is_free = now.streaming is not False and before.streaming is True and item.name in PARTS_OF_A_STEP
+        is_fixed = item.metadata["group"] in FIXED_GROUPS or (item.name in FIXED and not is_free)
         open_before = item.name in DEPENDS_ON_MACHINE and getattr(now, item.name) in (None, "auto")
         if is_fixed and not open_before:
             fixed.append(f"{item.name} ({getattr(before, item.name)!r}, now {getattr(now, item.name)!r})")

@@ -21,7 +21,7 @@ from graphlora.records import RunRecord, data_hash, write_text
 from graphlora.training.adapting import add_adapter
 from graphlora.training.arguments import needed_bytes, training_arguments
 from graphlora.training.bucketing import Bucketed, bucket_positions
-from graphlora.training.callbacks import Progress, StopOnSignal
+from graphlora.training.callbacks import Progress, StopOnSignal, StreamEpochs
 from graphlora.training.captured import MAX_GRAPHS
 from graphlora.training.checkpoints import (
     RECIPE_FILE,
@@ -33,7 +33,13 @@ from graphlora.training.checkpoints import (
     remove_run,
     writing,
 )
-from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
+from graphlora.training.data import (
+    AnswerLogits,
+    Encoded,
+    packing_collator,
+    padding_collator,
+    takes_answer_logits,
+)
 from graphlora.training.determinism import deterministic_algorithms
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
@@ -45,6 +51,8 @@ from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
 from graphlora.training.run_data import RunData, default_metric
 from graphlora.training.step_mode import StepMode, allow_shapes, resolve_step_mode
+from graphlora.training.stream_setup import stream_loader
+from graphlora.training.streaming import BadRow, TokenStream
 from graphlora.training.trainer import AdapterTrainer
 from graphlora.training.workbench import Workbench
 
@@ -119,7 +127,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
     model = add_adapter(base, recipe)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_space(output, needed_bytes(recipe, num_trained))
-    trainer = make_trainer(recipe, model, tokenizer, data, dtype, mode, liger)
+    trainer = make_trainer(recipe, model, tokenizer, data, dtype, mode, liger, checkpoint)
     for callback in workbench.callbacks(trainer):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
@@ -154,21 +162,27 @@ def _record(
     recipe: Recipe, data: RunData, metrics: dict[str, Any], device: torch.device, wall_time: float
 ) -> RunRecord:
     memory = peak_memory(device)
+    train_rows, num_rows = _rows_of(data, metrics)
     form = {"prompt_format": data.prompt_format, "prompt_template": data.prompt_template}
     return RunRecord.create(
         "training",
         asdict(recipe),
-        metrics
-        | form
-        | {"peak_memory": memory, "peak_reserved": peak_reserved(device), "rows": len(data.train.rows)},
+        metrics | form | {"peak_memory": memory, "peak_reserved": peak_reserved(device), "rows": num_rows},
         model=recipe.model,
         seed=recipe.seed,
         device=torch.cuda.get_device_name() if device.type == "cuda" else str(device),
         dtype=recipe.dtype,
         wall_time=wall_time,
         peak_memory=memory,
-        data_hash=data_hash([*data.train.rows, *(data.validation.rows if data.validation else [])]),
+        data_hash=data_hash([*train_rows, *(data.validation.rows if data.validation else [])]),
     )
+
+
+def _rows_of(data: RunData, metrics: dict[str, Any]) -> tuple[list[Any], int]:
+    """What identifies the training rows, and their number: of a stream those that the run took."""
+    if isinstance(data.train, TokenStream):
+        return [data.train.fingerprint], metrics["rows_taken"]
+    return data.train.rows, len(data.train.rows)
 
 
 def make_trainer(
@@ -179,6 +193,7 @@ def make_trainer(
     dtype: torch.dtype,
     mode: StepMode = "eager",
     liger: dict[str, bool] | None = None,
+    checkpoint: Path | None = None,
 ) -> AdapterTrainer:
     """The trainer of a run, with its callbacks.
 
@@ -190,6 +205,7 @@ def make_trainer(
         dtype: Dtype of the frozen base.
         mode: How steps run (`resolve_step_mode`).
         liger: Kernels of Liger to use (`liger_options`).
+        checkpoint: Where the run goes on from.
 
     Raises:
         GraphLoraError: Arguments that transformers refuses, or a tracker that is not installed.
@@ -197,13 +213,18 @@ def make_trainer(
     arguments = training_arguments(recipe, dtype, compiles=mode == "compile", liger=liger)
     if mode == "compile":
         allow_shapes(MAX_GRAPHS)
+    collate = collator(recipe, model, tokenizer, bucketed=mode != "eager")
+    stream = None
+    if isinstance(data.train, TokenStream):
+        stream = stream_loader(data.train, recipe, arguments, collate, checkpoint)
     try:
         trainer = AdapterTrainer(
             model=model,
             args=arguments,
-            train_dataset=data.train.rows,
+            train_dataset=None if isinstance(data.train, TokenStream) else data.train.rows,
+            stream=stream,
             eval_dataset=data.validation.rows if data.validation else None,
-            data_collator=collator(recipe, model, tokenizer, bucketed=mode != "eager"),
+            data_collator=collate,
             tokenizer=tokenizer,
             validation=data.items,
             scoring=recipe.scoring,
@@ -223,6 +244,8 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Progress())
+    if stream is not None:
+        trainer.add_callback(StreamEpochs(lambda: stream.epochs))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(
             EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold)
@@ -319,6 +342,7 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
         "kept_step": step,
         "train_loss": result.training_loss,
         **{k: v for k, v in kept.items() if k.startswith("eval_") and not k.endswith(speed)},
+        **({} if trainer.stream is None else {"rows_taken": trainer.stream.place.row}),
         "step_time": seconds / steps,
         "tokens_per_second": tokens / seconds,
         "train_seconds": seconds,
@@ -326,6 +350,9 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
 
 
 def _explained(error: GraphLoraError, recipe: Recipe, last: Path | None) -> GraphLoraError:
+    if isinstance(error, BadRow) and last is not None:
+        command = go_on_command(Path(recipe.output_dir))
+        return GraphLoraError(f"{error}; mend the row and go on from {last} with: {command}")
     if "not finite" not in str(error) and "the loss is" not in str(error):
         return error
     where = f"the last good checkpoint is {last}" if last is not None else "no checkpoint had been saved yet"
@@ -352,15 +379,21 @@ def _any_process(trainer: AdapterTrainer) -> Any:
     return agree
 
 
+def _described(train: Encoded | TokenStream, recipe: Recipe) -> str:
+    if isinstance(train, TokenStream):
+        count = train.examples.epoch_rows
+        return f"{'rows' if count is None else f'{count:,} rows'} of {recipe.task}, read while training"
+    rows, tokens = len(train.rows), train.num_tokens
+    return f"{rows:,} rows of {recipe.task}, {tokens:,} tokens, longest {train.longest}"
+
+
 def _tell(recipe: Recipe, data: RunData, num_trained: int, checkpoint: Path | None, resume: bool) -> None:
     lines = [
         f"{recipe.method} on {recipe.model} ({recipe.dtype}): {num_trained:,} parameters to train",
-        f"{len(data.train.rows):,} rows of {recipe.task}, {data.train.num_tokens:,} tokens, "
-        f"longest {data.train.longest}; output in {recipe.output_dir}",
+        f"{_described(data.train, recipe)}; output in {recipe.output_dir}",
     ]
-    splits = [("training", data.train)] + ([("validation", data.validation)] if data.validation else [])
-    for name, part in splits:
-        if part.num_cut or part.num_dropped:
+    for name, part in (("training", data.train), ("validation", data.validation)):
+        if isinstance(part, Encoded) and (part.num_cut or part.num_dropped):
             lines.append(
                 f"{name}: {part.num_cut} row(s) cut and {part.num_dropped} left out, longer than "
                 f"{recipe.max_length} tokens"

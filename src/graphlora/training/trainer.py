@@ -27,6 +27,7 @@ from graphlora.training.bucketing import TOKEN_MASK, packed_attention_mask
 from graphlora.training.callbacks import LossWatch, routing_summary
 from graphlora.training.captured import CapturedSteps
 from graphlora.training.checkpoints import CHECKPOINTS, STAGING, STATE_FILE, replace_directory, writing
+from graphlora.training.streaming import StreamLoader, write_place
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
@@ -79,6 +80,7 @@ class AdapterTrainer(Trainer):
         keep_checkpoints: int | None = None,
         truncate: bool = False,
         records_steps: Literal["no", "yes", "if_possible"] = "no",
+        stream: StreamLoader | None = None,
         **kwargs: Any,
     ) -> None:
         """Set up training.
@@ -92,8 +94,10 @@ class AdapterTrainer(Trainer):
             truncate: Cut the beginnings of validation prompts that do not fit the model's window.
             records_steps: Record forward and backward once per input shape and replay them (`CapturedSteps`);
                 `"if_possible"` goes on eagerly where recording fails.
+            stream: Batches that are read while training, in place of a loader of `train_dataset`.
             kwargs: Arguments of `Trainer`.
         """
+        self.stream = stream
         self.validation = validation
         self.scoring: Scoring = scoring
         self.loraplus_lr_ratio = loraplus_lr_ratio
@@ -257,6 +261,10 @@ class AdapterTrainer(Trainer):
             for (is_b, decays), parameters in sorted(groups.items(), key=lambda entry: entry[0])
         ]
 
+    def get_train_dataloader(self) -> Any:
+        """Loader of the training rows; a stream deals its batches to processes and devices itself."""
+        return super().get_train_dataloader() if self.stream is None else self.stream
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
@@ -300,6 +308,8 @@ class AdapterTrainer(Trainer):
 
     def _finish_checkpoint(self, staged: Path, final: Path) -> None:
         self.state.save_to_json(str(staged / STATE_FILE))
+        if self.stream is not None:
+            write_place(staged, self.stream)
         replace_directory(staged, final)
         rotate_checkpoints(
             str(self.checkpoints), self.keep_checkpoints, self.state.best_model_checkpoint, use_mtime=False
