@@ -26,6 +26,7 @@ COMMANDS = {
     "report": ("report", "tables and figures from the records of a study"),
     "bench": ("bench", "how fast and how big a model will be with an adapter, on this machine"),
     "info": ("info", "what an adapter is: sizes, graph, expert loads, record"),
+    "accelerate": ("accelerate", "configs to train on several GPUs with accelerate launch"),
     "import": ("import_adapter", "turn a checkpoint of the paper's authors into an adapter"),
 }
 DESCRIPTION = """Fine-tune language models with LoRA experts that collaborate over a graph (GraphLoRA).

@@ -42,9 +42,7 @@ class ShardedTrainer(Trainer):
         """Context in which each process may run another number of forwards of the model without gradients."""
         if not self.is_fsdp_enabled:
             return nullcontext()
-        return in_lockstep(
-            model, {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=self.args.device)}
-        )
+        return in_lockstep(model, {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=self.args.device)})
 
     @contextmanager
     def _adapter_alone(self) -> Iterator[None]:
