@@ -114,11 +114,11 @@ def _without_adapters(model: nn.Module) -> Iterator[list[nn.Module]]:
         (layer, name, layer._modules[name])
         for layer in model.modules()
         if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        for name in layer.adapter_layer_names
+        for name in dict.fromkeys(layer.adapter_layer_names)
         if layer._modules.get(name) is not None
     ]
     for layer, name, _ in found:
-        del layer._modules[name]
+        layer._modules[name] = nn.ModuleDict()
     try:
         yield [module for _, _, module in found if module is not None]
     finally:
