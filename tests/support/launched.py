@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from graphlora.errors import GraphLoraError
 from graphlora.training import Recipe, train
+from graphlora.training.measuring import peak_memory
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -62,6 +63,7 @@ def run(case: dict) -> dict:
         "sharded_adapter": sum("lora_" in name for name in sharded),
         "values_here": here,
         "values": sum(p.numel() for _, p in parameters),
+        "peak_memory": peak_memory(torch.device("cpu")),
     }
 
 

@@ -201,7 +201,8 @@ def test_the_base_is_sharded_and_the_adapter_is_not(two):
 
 
 def test_one_process_reads_the_weights_and_nothing_changes(runs, two):
-    assert two["efficient"] == two["fsdp graphlora"]
+    for name in ("losses", "norms", "metrics", "checksum", "sharded", "values_here"):
+        assert [r[name] for r in two["efficient"]] == [r[name] for r in two["fsdp graphlora"]]
     assert_close(runs.folder / "efficient", runs.folder / "fsdp graphlora", 0.0)
 
 
