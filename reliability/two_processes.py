@@ -68,11 +68,10 @@ def _compare(folder: Path, steps: int) -> int:
 
     half = {"max_steps": steps // 2}
     _say("one process")
-    one = start(
-        [case(f"one-{m}", m, 1, {}) for m in data] + [case("up", "graphlora", 1, {}, **half)],
-        folder / "seen1",
-        1,
-    )
+    adam = {"optim": "adamw_torch", "learning_rate": 1e-3}
+    cases = [case(f"one-{m}", m, 1, {}) for m in data]
+    cases += [case("up", "graphlora", 1, {}, **half), case("one_adam", "graphlora", 1, {}, **adam)]
+    one = start(cases, folder / "seen1", 1)
     _say("two processes")
     ways = {"ddp": {}, "fsdp2": FSDP, "fsdp2-efficient": EFFICIENT}
     cases = [case(f"{way}-{m}", m, 2, environment) for way, environment in ways.items() for m in data]
