@@ -50,8 +50,8 @@ def _compare(folder: Path, steps: int) -> int:
                 "gradient_accumulation_steps": 2,
                 "max_steps": steps,
                 "lr_scheduler_type": "constant",
-                "eval_steps": steps // 2,
-                "load_best_model_at_end": False,
+                "eval_strategy": "no",
+                "save_steps": steps // 2,
                 "logging_steps": 1,
                 "training_args": {"use_cpu": True, "disable_tqdm": True},
             }
