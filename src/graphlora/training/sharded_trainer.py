@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from graphlora.training.sharding import average_gradients, free_gathered, in_lockstep, shard_base
+from graphlora.tuner.config import GraphLoraConfig
 
 
 class ShardedTrainer(Trainer):
     """`Trainer` that shards the base alone where accelerate is configured for FSDP2, and else changes nothing."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; the base is sharded before."""
+        """Train; the base is sharded before, or DDP told whether to look for parameters without a gradient."""
         if self.is_fsdp_enabled:
             shard_base(self.accelerator, cast(nn.Module, self.model))
+        elif self.args.ddp_find_unused_parameters is None and _trains_all(self.model):
+            self.args.ddp_find_unused_parameters = False
         return super().train(*args, **kwargs)
 
     def training_step(
@@ -73,3 +76,14 @@ class ShardedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self._adapter_alone():
             super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def _trains_all(model: Any) -> bool:
+    """Whether every step gives each trained parameter a gradient, as in GraphLoRA with both of its losses."""
+    config = getattr(model, "active_peft_config", None)
+    return (
+        isinstance(config, GraphLoraConfig)
+        and config.router_type == "graph"
+        and bool(config.router_poisson_loss_coef and config.router_normal_loss_coef)
+        and not config.modules_to_save
+    )
