@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 import warnings
@@ -112,7 +113,9 @@ def _command(name: str) -> ModuleType:
 
 
 def _complain(message: str) -> int:
-    sys.stderr.write(f"graphlora: error: {' '.join(message.split())}\n")
+    rank = os.environ.get("RANK", "0")
+    who = "graphlora" if rank == "0" else f"graphlora (process {rank})"
+    sys.stderr.write(f"{who}: error: {' '.join(message.split())}\n")
     return 2
 
 
