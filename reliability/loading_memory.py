@@ -59,8 +59,8 @@ def main() -> int:
         "loading_memory",
         "Under FSDP2 no process holds the base twice: one of them reads it, the others only hold their own part.",
         "tests/training/test_processes.py::test_one_process_reads_the_weights_and_nothing_changes",
-        f"base of {size / MB:.0f} MB in float32, sharded over two processes; peak of host memory above a tiny run, with "
-        f"the half that stays there on a CPU: {text}",
+        f"base of {size / MB:.0f} MB in float32, sharded over two processes; peak of host memory above a tiny run, "
+        f"with the half that stays there on a CPU: {text}",
         {"base_mb": size / MB, "above_a_tiny_run_mb": extra},
     )
     sys.stderr.write(f"{size / MB:.0f} MB: {extra}\n")
