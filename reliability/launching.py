@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -62,24 +63,25 @@ def start(cases: list[dict[str, Any]], folder: Path, count: int) -> dict[str, li
     }
 
 
-def make_model(folder: Path, **sizes: Any) -> Path:
-    """A random Llama with a tokenizer of the words `t0` to `t31`."""
-    sys.path.insert(0, str(SUPPORT))
-    from tiny_llama import make_base  # pyright: ignore[reportMissingImports]
-    from tiny_trainers import make_tokenizer  # pyright: ignore[reportMissingImports]
-
-    make_base(**sizes).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+def make_model(folder: Path, **sizes: int) -> Path:
+    """A random Llama with the tokenizer of the tests, in which each digit is a token."""
+    spec = importlib.util.spec_from_file_location(
+        "training_tests", ROOT / "tests" / "training" / "conftest.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    return tests.make_model(folder, **sizes)
 
 
 def make_rows(path: Path, count: int, lengths: tuple[int, int]) -> Path:
-    """Rows of random words; their completions have as many as the range says."""
+    """Rows of random digits; their completions have as many as the range says, so as many tokens."""
     draw = random.Random(0)
 
-    def words(number: int) -> str:
-        return " ".join(f"t{draw.randrange(3, 32)}" for _ in range(number))
+    def digits(number: int) -> str:
+        return "".join(str(draw.randrange(10)) for _ in range(number))
 
-    rows = [{"prompt": words(4), "completion": " " + words(draw.randint(*lengths))} for _ in range(count)]
+    rows = [{"prompt": digits(4), "completion": digits(draw.randint(*lengths))} for _ in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,6 +1,6 @@
 """Under FSDP2 one process reads the weights of the base: host memory of both processes, with and without.
 
-Run as `python -m reliability.loading_memory [--width 1536]`, with a random base of almost a gigabyte in float32. It is
+Run as `python -m reliability.loading_memory [--width 2048]`, with a random base of almost a gigabyte in float32. It is
 loaded as it is, which maps the file into memory, and as bfloat16, which makes a copy. On a CPU the shards stay in host
 memory too, half of the base in each process; on GPUs they do not.
 """
@@ -22,13 +22,12 @@ MB = 1e6
 def main() -> int:
     """Measure and write the record; 1 where the second process holds more than its part and one layer or so."""
     parser = argparse.ArgumentParser(prog="python -m reliability.loading_memory", description=__doc__)
-    parser.add_argument("--width", type=int, default=1536, help="hidden size of the base")
+    parser.add_argument("--width", type=int, default=2048, help="hidden size of the base")
     width = parser.parse_args().width
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny = make_model(folder / "tiny")
-        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 6}
-        large = make_model(folder / "large", **sizes, num_attention_heads=8, num_key_value_heads=8)
+        large = make_model(folder / "large", hidden_size=width, layers=12)
         rows = make_rows(folder / "rows.jsonl", 40, (5, 5))
         size = (large / "model.safetensors").stat().st_size
 

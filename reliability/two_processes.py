@@ -45,7 +45,7 @@ def _compare(folder: Path, steps: int) -> int:
                 "output_dir": str(folder / name),
                 "dtype": "float32",
                 "optim": "sgd",
-                "learning_rate": 0.05,
+                "learning_rate": 0.01,
                 "per_device_train_batch_size": ROWS_PER_STEP // 2 // processes,
                 "gradient_accumulation_steps": 2,
                 "max_steps": steps,
