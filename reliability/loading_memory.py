@@ -27,7 +27,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny = make_model(folder / "tiny")
-        large = make_model(folder / "large", hidden_size=width, layers=12)
+        large = make_model(folder / "large", hidden_size=width, layers=6)
         rows = make_rows(folder / "rows.jsonl", 40, (5, 5))
         size = (large / "model.safetensors").stat().st_size
 
