@@ -1,7 +1,7 @@
 """Two processes learn what one learns: DDP, FSDP2, and runs that go on with another number of processes.
 
-Run as `python -m reliability.two_processes [--steps 40]`. Rows are of unequal length for plain LoRA; for GraphLoRA of equal
-length, because its auxiliary losses weight a process by its labels. Under SGD, and once under Adam.
+Run as `python -m reliability.two_processes [--steps 40]`. Rows are of unequal length for plain LoRA; for GraphLoRA of
+equal length, because its auxiliary losses weight a process by its labels. Under SGD, and once under Adam.
 """
 
 from __future__ import annotations
