@@ -309,23 +309,23 @@ def _device_name(plan: Plan) -> str:
 def _write(options: argparse.Namespace, values: dict[str, Any]) -> None:
     from reliability.record import write_record
 
-    curve_gap = {
-        f"{way} {method}": f"{entry[f'{way}_difference']:.1e}"
+    gaps = ", ".join(
+        f"{way} {method} {entry[f'{way}_difference']:.1e}"
         for method, entry in values.get("curve", {}).items()
         if isinstance(entry, dict)
         for way in ("ddp", "fsdp2")
-    }
-    speed = {
-        way: f"{values['scaling'][way]['efficiency']:.2f}"
+    )
+    speeds = ", ".join(
+        f"{way} {values['scaling'][way]['efficiency']:.2f}"
         for way in ("ddp", "fsdp2")
         if way in values.get("scaling", {})
-    }
+    )
     path = write_record(
         options.out.stem,
         "On two GPUs an adapter learns what it learns on one, and almost twice as fast.",
         "torchrun --nproc_per_node 2 -m reliability.two_gpus",
-        f"largest relative difference of a step's loss {curve_gap}; tokens per second and GPU over those of one GPU "
-        f"{speed} (Llama 3 8B shape)",
+        f"largest relative difference of a step's loss: {gaps}; tokens per second and GPU over those of one GPU "
+        f"(Llama 3 8B shape): {speeds}",
         values,
     )
     record = json.loads(path.read_text())
