@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 import warnings
@@ -27,6 +28,7 @@ COMMANDS = {
     "bench": ("bench", "how fast and how big a model will be with an adapter, on this machine"),
     "info": ("info", "what an adapter is: sizes, graph, expert loads, record"),
     "verify": ("verify", "whether an adapter is what it was when it was made, and says what it said"),
+    "accelerate": ("accelerate", "configs to train on several GPUs with accelerate launch"),
     "import": ("import_adapter", "turn a checkpoint of the paper's authors into an adapter"),
 }
 DESCRIPTION = """Fine-tune language models with LoRA experts that collaborate over a graph (GraphLoRA).
@@ -111,7 +113,9 @@ def _command(name: str) -> ModuleType:
 
 
 def _complain(message: str) -> int:
-    sys.stderr.write(f"graphlora: error: {' '.join(message.split())}\n")
+    rank = os.environ.get("RANK", "0")
+    who = "graphlora" if rank == "0" else f"graphlora (process {rank})"
+    sys.stderr.write(f"{who}: error: {' '.join(message.split())}\n")
     return 2
 
 

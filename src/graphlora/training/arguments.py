@@ -42,6 +42,9 @@ REFUSED = {
     "remove_unused_columns": "rows have no unused columns",
     "save_strategy": "it follows eval_strategy",
     "save_only_model": "a run could not be resumed",
+    "fsdp": "launch with accelerate and its config instead, see docs/distributed.md",
+    "fsdp_config": "launch with accelerate and its config instead, see docs/distributed.md",
+    "deepspeed": "shard the base with FSDP2 instead, see docs/distributed.md",
     "torch_compile": "use --step_mode compile",
     "use_liger_kernel": "use --loss_kernel liger",
 }

@@ -89,6 +89,11 @@ def is_whole(checkpoint: Path) -> bool:
     return bool(randomness) and all(path.is_file() and zipfile.is_zipfile(path) for path in files)
 
 
+def checkpoint_processes(checkpoint: Path) -> int:
+    """Number of processes that wrote a checkpoint: each one leaves its random state."""
+    return max(1, len(list(checkpoint.glob("rng_state*.pth"))))
+
+
 def check_space(output: Path, num_bytes: int) -> None:
     """Raise `GraphLoraError` where the disk has less room than `num_bytes`."""
     # Another process may be about to make the directory; its parent is on the same disk.

@@ -22,6 +22,7 @@ from transformers import (
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.adapter_files import WEIGHT_PREFIX, AdapterFiles, is_adapter, read_adapter
+from graphlora.training.processes import wants_sharding
 from graphlora.tuner.register import register
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -226,12 +227,13 @@ def _four_bits(name: str, dtype: torch.dtype, is_gguf: bool) -> transformers.Bit
         )
     if is_gguf:
         raise GraphLoraError(f"load_in_4bit cannot quantize {name}, a .gguf file; give the original model")
+    # FSDP shards floats only: there, the packed bytes are kept as values of the dtype of the base.
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=torch.uint8,
+        bnb_4bit_quant_storage=dtype if wants_sharding() else torch.uint8,
     )
 
 

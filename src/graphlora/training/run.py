@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -28,6 +27,7 @@ from graphlora.training.checkpoints import (
     RECORD_FILE,
     STAGING,
     check_space,
+    checkpoint_processes,
     last_checkpoint,
     prepare_output,
     remove_run,
@@ -45,6 +45,7 @@ from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
 from graphlora.training.manifest import MANIFEST_FILE
 from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
+from graphlora.training.processes import check_sharded, is_first, num_processes, start_processes
 from graphlora.training.recipe import Recipe
 from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
@@ -111,6 +112,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
     started = time.perf_counter()
     output = Path(recipe.output_dir)
     checkpoint = _start(recipe, output, resume, overwrite)
+    start_processes(recipe)
     device = pick_device("cpu" if recipe.training_args.get("use_cpu") else "auto")
     start_measuring(device)
     dtype = pick_dtype(recipe.dtype, device)
@@ -128,6 +130,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_space(output, needed_bytes(recipe, num_trained))
     trainer = make_trainer(recipe, model, tokenizer, data, dtype, mode, liger, checkpoint)
+    check_sharded(trainer.is_fsdp_enabled, device)
     for callback in workbench.callbacks(trainer):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
@@ -149,12 +152,15 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
 
 def _start(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Path | None:
     """Make the output directory ready; the checkpoint to go on from."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         checkpoint = prepare_output(output, resume=resume, overwrite=overwrite)
     else:
         checkpoint = last_checkpoint(output) if resume else None
     if resume and (output / RECIPE_FILE).is_file():
-        check_same_run(Recipe.from_yaml(output / RECIPE_FILE), recipe)
+        before = None if checkpoint is None else checkpoint_processes(checkpoint)
+        check_same_run(
+            Recipe.from_yaml(output / RECIPE_FILE), recipe, (before or num_processes(), num_processes())
+        )
     return checkpoint
 
 

@@ -27,6 +27,7 @@ from graphlora.training.bucketing import TOKEN_MASK, packed_attention_mask
 from graphlora.training.callbacks import LossWatch, routing_summary
 from graphlora.training.captured import CapturedSteps
 from graphlora.training.checkpoints import CHECKPOINTS, STAGING, STATE_FILE, replace_directory, writing
+from graphlora.training.sharded_trainer import ShardedTrainer
 from graphlora.training.streaming import StreamLoader, write_place
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
@@ -63,7 +64,7 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(ShardedTrainer):
     """`Trainer` for adapters.
 
     It validates with the task's accuracy beside the loss, stops at a loss that is not finite, orders rows by
@@ -208,18 +209,19 @@ class AdapterTrainer(Trainer):
         for task, examples in self.validation.items():
             model = self.accelerator.unwrap_model(self.model)
             share = examples[rank::ranks]
-            results = (
-                score_examples(
-                    model,
-                    self.tokenizer,
-                    share,
-                    self.scoring,
-                    progress=not self.args.disable_tqdm,
-                    truncate=self.truncate,
+            with self.running_together(model):
+                results = (
+                    score_examples(
+                        model,
+                        self.tokenizer,
+                        share,
+                        self.scoring,
+                        progress=rank == 0 and not self.args.disable_tqdm,
+                        truncate=self.truncate,
+                    )
+                    if share
+                    else []
                 )
-                if share
-                else []
-            )
             summary = summarize(gather_object(results) if ranks > 1 else results)
             found[task] = {name: summary[name] for name in ACCURACIES if summary.get(name) is not None}
         values = {
