@@ -18,7 +18,7 @@ def resolve_backend(backend: str, device_type: str = "cpu", unsupported: str | N
 
     `"eager"` loops over the experts and reads like the paper; `"torch"` shares the frozen projections between the
     experts and recomputes what is cheap; `"triton"` does the same in fused kernels; `"auto"` takes
-    `"torch"` as long as the kernels were not run on a GPU.
+    `"triton"` on CUDA where it can, else `"torch"`.
 
     Args:
         backend: the configured name.
