@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
-from graphlora.records import RunRecord, data_hash, write_text
+from graphlora.records import RunRecord, data_hash, flush, write_text
 from graphlora.training.adapting import add_adapter
 from graphlora.training.arguments import needed_bytes, training_arguments
 from graphlora.training.bucketing import Bucketed, bucket_positions
@@ -248,8 +248,12 @@ def save(model: PeftModel, output: Path) -> None:
     with writing(output, "the checkpoints are kept"):
         try:
             model.save_pretrained(str(staging))
-            for path in sorted(staging.iterdir()):
+            files = sorted(staging.iterdir())
+            for path in files:
+                flush(path)
+            for path in files:
                 path.replace(output / path.name)
+            flush(output)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

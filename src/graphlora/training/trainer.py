@@ -26,7 +26,15 @@ from graphlora.tasks.example import Example
 from graphlora.training.bucketing import TOKEN_MASK, packed_attention_mask
 from graphlora.training.callbacks import LossWatch, routing_summary
 from graphlora.training.captured import CapturedSteps
-from graphlora.training.checkpoints import CHECKPOINTS, STAGING, STATE_FILE, replace_directory, writing
+from graphlora.training.checkpoints import (
+    CHECKPOINTS,
+    STAGING,
+    STATE_FILE,
+    damage,
+    replace_directory,
+    seal,
+    writing,
+)
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
@@ -300,10 +308,21 @@ class AdapterTrainer(Trainer):
 
     def _finish_checkpoint(self, staged: Path, final: Path) -> None:
         self.state.save_to_json(str(staged / STATE_FILE))
+        seal(staged)
         replace_directory(staged, final)
         rotate_checkpoints(
             str(self.checkpoints), self.keep_checkpoints, self.state.best_model_checkpoint, use_mtime=False
         )
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint; where it was damaged since, the last step's weights stay and a line says so."""
+        best = self.state.best_model_checkpoint
+        reason = None if best is None else damage(Path(best))
+        if reason is None:
+            return super()._load_best_model()
+        sys.stderr.write(f"the best checkpoint {best} is damaged ({reason}); the last step's weights are kept\n")
+        self.state.best_global_step = self.state.global_step
+        return None
 
     def _check_weights(self) -> None:
         """Keep weights that are not finite out of checkpoints."""
