@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord
 from graphlora.training import Recipe, train
-from graphlora.training.run import TrainingInterrupted
+from graphlora.training.interrupts import TrainingInterrupted
 from graphlora.training.trainer import AdapterTrainer
 
 WEIGHTS = "adapter_model.safetensors"

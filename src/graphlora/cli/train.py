@@ -9,12 +9,15 @@ from typing import Any
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
 from graphlora.cli.parsing import make_parser
+from graphlora.errors import Interrupted
+from graphlora.training.interrupts import Interrupts
 from graphlora.training.recipe import GROUPS, Recipe, option_types, read_yaml
 
 DESCRIPTION = """\
 Fine-tune a model with GraphLoRA (or plain LoRA, to compare). A run is a recipe: options given here, on
 top of those in a YAML file with the same names (--config). The output directory gets the adapter, the
-recipe in full (config.yaml), the record (record.json) and the checkpoints. Ctrl-C saves a checkpoint."""
+recipe in full (config.yaml), the record (record.json) and the checkpoints. Ctrl-C or SIGTERM finishes the step,
+saves a checkpoint, says how to go on, and exits with 130 or 143; a second one stops at once."""
 EXAMPLE = """
 graphlora train --model HuggingFaceTB/SmolLM2-135M-Instruct --task arc_easy --output_dir runs/arc
 graphlora train --config runs/arc/config.yaml --learning_rate 1e-4 --output_dir runs/arc-slower
@@ -43,9 +46,13 @@ def build_parser() -> ArgumentParser:
 def run(arguments: Namespace) -> None:
     """Train and say where the result is."""
     recipe = make_recipe(arguments)
-    from graphlora.training.measuring import memory_text
-    from graphlora.training.run import train
-
+    # Loading the libraries takes seconds, in which a signal is to end in a line too.
+    with Interrupts() as interrupts:
+        try:
+            from graphlora.training.measuring import memory_text
+            from graphlora.training.run import train
+        except KeyboardInterrupt as error:
+            raise Interrupted("stopped before training began", interrupts.number or 2) from error
     result = train(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
     if os.environ.get("RANK", "0") != "0":
         return

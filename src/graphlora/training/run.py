@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from graphlora.training.checkpoints import (
     writing,
 )
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
+from graphlora.training.interrupts import Interrupts, TrainingInterrupted
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
 from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
@@ -44,10 +46,6 @@ from graphlora.training.run_data import RunData, default_metric
 from graphlora.training.step_mode import StepMode, allow_shapes, resolve_step_mode
 from graphlora.training.trainer import AdapterTrainer
 from graphlora.training.workbench import Workbench
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Training ended on Ctrl-C or SIGTERM; the message says where it can go on and with which command."""
 
 
 @dataclass
@@ -92,11 +90,24 @@ def train(
     if resume and overwrite:
         raise GraphLoraError("--resume and --overwrite are both given; choose one")
     recipe = located(recipe)
-    with explained_memory(recipe):
-        return _train(recipe, resume, overwrite, workbench or Workbench())
+    workbench = workbench or Workbench()
+    interrupts = Interrupts()
+    if workbench.takes_signals:
+        interrupts.install()
+    try:
+        with explained_memory(recipe):
+            return _train(recipe, resume, overwrite, workbench, interrupts)
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt as error:
+        raise _interrupted(Path(recipe.output_dir), interrupts.number) from error
+    finally:
+        interrupts.restore()
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) -> TrainResult:
+def _train(
+    recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench, interrupts: Interrupts
+) -> TrainResult:
     started = time.perf_counter()
     output = Path(recipe.output_dir)
     checkpoint = _start(recipe, output, resume, overwrite)
@@ -126,7 +137,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
         if not workbench.quiet:
             _tell(recipe, data, num_trained, checkpoint, resume)
     how = {"step_mode": mode, "loss_kernel": "none" if liger is None else "liger"}
-    metrics = _run(trainer, recipe, checkpoint, workbench.takes_signals) | {"num_trained": num_trained} | how
+    metrics = _run(trainer, recipe, checkpoint, interrupts) | {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
     if trainer.is_world_process_zero():
         save(model, output)
@@ -264,27 +275,21 @@ def go_on_command(output: Path) -> str:
 
 
 def _run(
-    trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None, takes_signals: bool
+    trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None, interrupts: Interrupts
 ) -> dict[str, Any]:
     """Train; the metrics of the run."""
     several = trainer.accelerator.num_processes > 1
-    stop = StopOnSignal(_any_process(trainer) if several else None)
+    stop = StopOnSignal(interrupts, _any_process(trainer) if several else None)
     trainer.add_callback(stop)
     trainer.last_saved = checkpoint
-    output = Path(recipe.output_dir)
-    if takes_signals:
-        stop.install()
+    interrupts.finishes_step = True
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         trainer.watch.check()
     except GraphLoraError as error:
         raise _explained(error, recipe, trainer.last_saved) from error
-    except KeyboardInterrupt as error:
-        raise TrainingInterrupted(_where_to_go_on(output)) from error
-    finally:
-        stop.restore()
-    if stop.received is not None:
-        raise TrainingInterrupted(_where_to_go_on(output))
+    if stop.stopping:
+        raise _interrupted(Path(recipe.output_dir), interrupts.number)
     return _metrics(
         trainer, result, first_step=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     )
@@ -323,11 +328,13 @@ def _explained(error: GraphLoraError, recipe: Recipe, last: Path | None) -> Grap
     )
 
 
-def _where_to_go_on(output: Path) -> str:
+def _interrupted(output: Path, number: int | None) -> TrainingInterrupted:
+    """What a run that got a signal says; `None` where another process got it."""
     last = last_checkpoint(output)
+    number = number or signal.SIGTERM
     if last is None:
-        return "stopped before the first checkpoint; nothing was saved"
-    return f"stopped; saved {last}. Go on with: {go_on_command(output)}"
+        return TrainingInterrupted("stopped before the first checkpoint; nothing was saved", number)
+    return TrainingInterrupted(f"stopped; saved {last}. Go on with: {go_on_command(output)}", number)
 
 
 def _any_process(trainer: AdapterTrainer) -> Any:

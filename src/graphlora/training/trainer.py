@@ -320,7 +320,9 @@ class AdapterTrainer(Trainer):
         reason = None if best is None else damage(Path(best))
         if reason is None:
             return super()._load_best_model()
-        sys.stderr.write(f"the best checkpoint {best} is damaged ({reason}); the last step's weights are kept\n")
+        sys.stderr.write(
+            f"the best checkpoint {best} is damaged ({reason}); the last step's weights are kept\n"
+        )
         self.state.best_global_step = self.state.global_step
         return None
 
