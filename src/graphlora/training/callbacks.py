@@ -1,4 +1,4 @@
-"""What is watched while training: expert loads, the loss, signals, and the lines on the terminal."""
+"""What is watched while training: expert loads, signals, and the lines on the terminal."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from graphlora.errors import GraphLoraError
 from graphlora.training.interrupts import Interrupts
 
 ROUTING = ("expert_load_max", "entropy", "dead_experts", "poisson_rate", "normal_scale")
@@ -45,35 +42,6 @@ def routing_summary(model: Any, max_layers: int = MAX_LAYERS) -> dict[str, float
         for name, value in layers[position].items():
             summary[f"router/layer_{position}/{name}"] = value
     return summary
-
-
-class LossWatch:
-    """Remembers the first step whose loss was not finite, without making the host wait for the device."""
-
-    def __init__(self) -> None:
-        self.first_bad: Tensor | None = None
-        self.bad_loss: Tensor | None = None
-
-    def note(self, loss: Tensor, step: int) -> None:
-        """Take in a micro-batch's loss; on a CPU, where looking is free, check at once.
-
-        Raises:
-            GraphLoraError: See `check`.
-        """
-        if self.first_bad is None or self.bad_loss is None:
-            self.first_bad = torch.zeros((), dtype=torch.long, device=loss.device)
-            self.bad_loss = torch.zeros((), device=loss.device)
-        new = ~torch.isfinite(loss) & (self.first_bad == 0)
-        self.first_bad = torch.where(new, step, self.first_bad)
-        self.bad_loss = torch.where(new, loss.float(), self.bad_loss)
-        if loss.device.type == "cpu":
-            self.check()
-
-    def check(self) -> None:
-        """Raise `GraphLoraError` with the step where the loss was not finite."""
-        if self.first_bad is None or self.bad_loss is None or not int(self.first_bad):
-            return
-        raise GraphLoraError(f"the loss is {float(self.bad_loss)} at step {int(self.first_bad)}")
 
 
 class StopOnSignal(TrainerCallback):

@@ -39,6 +39,7 @@ from graphlora.training.interrupts import Interrupts, TrainingInterrupted
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
 from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
+from graphlora.training.nonfinite import NonFiniteError
 from graphlora.training.recipe import Recipe
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
@@ -216,6 +217,9 @@ def make_trainer(
             loraplus_lr_ratio=recipe.loraplus_lr_ratio,
             keep_checkpoints=recipe.save_total_limit,
             truncate=recipe.truncation != "refuse",
+            skips_nonfinite=recipe.on_nonfinite == "skip",
+            max_skipped_steps=recipe.max_skipped_steps,
+            row_names=data.train.names,
             records_steps="no"
             if mode != "graph"
             else "yes"
@@ -285,8 +289,8 @@ def _run(
     interrupts.finishes_step = True
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        trainer.watch.check()
-    except GraphLoraError as error:
+        trainer.settle()
+    except NonFiniteError as error:
         raise _explained(error, recipe, trainer.last_saved) from error
     if stop.stopping:
         raise _interrupted(Path(recipe.output_dir), interrupts.number)
@@ -317,13 +321,11 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
     }
 
 
-def _explained(error: GraphLoraError, recipe: Recipe, last: Path | None) -> GraphLoraError:
-    if "not finite" not in str(error) and "the loss is" not in str(error):
-        return error
+def _explained(error: NonFiniteError, recipe: Recipe, last: Path | None) -> NonFiniteError:
     where = f"the last good checkpoint is {last}" if last is not None else "no checkpoint had been saved yet"
-    return GraphLoraError(
+    return NonFiniteError(
         f"{error}: training stopped; {where}. Lower learning_rate (now {recipe.learning_rate}), use a longer "
-        f"warm-up, or float32; go on with: {go_on_command(Path(recipe.output_dir))} --learning_rate "
+        f"warm-up, float32, or on_nonfinite skip; go on with: {go_on_command(Path(recipe.output_dir))} --learning_rate "
         f"{recipe.learning_rate / 4:g}"
     )
 

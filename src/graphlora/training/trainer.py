@@ -19,12 +19,11 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import rotate_checkpoints
 
-from graphlora.errors import GraphLoraError
 from graphlora.evaluation.encoding import Scoring
 from graphlora.evaluation.multiple_choice import score_examples, summarize
 from graphlora.tasks.example import Example
 from graphlora.training.bucketing import TOKEN_MASK, packed_attention_mask
-from graphlora.training.callbacks import LossWatch, routing_summary
+from graphlora.training.callbacks import routing_summary
 from graphlora.training.captured import CapturedSteps
 from graphlora.training.checkpoints import (
     CHECKPOINTS,
@@ -35,6 +34,8 @@ from graphlora.training.checkpoints import (
     seal,
     writing,
 )
+from graphlora.training.nonfinite import NonFiniteError, NonFiniteGuard, Step
+from graphlora.training.origin import NamedRows, first_nonfinite
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
@@ -73,8 +74,8 @@ class EpochSampler(Sampler[int]):
 class AdapterTrainer(Trainer):
     """`Trainer` for adapters.
 
-    It validates with the task's accuracy beside the loss, stops at a loss that is not finite, orders rows by
-    seed and epoch, leaves weight decay off lambda and sigma, applies LoRA+, and renames checkpoints into
+    It validates with the task's accuracy beside the loss, stops at or leaves out a step that is not finite, orders
+    rows by seed and epoch, leaves weight decay off lambda and sigma, applies LoRA+, and renames checkpoints into
     place when they are complete.
     """
 
@@ -87,6 +88,9 @@ class AdapterTrainer(Trainer):
         keep_checkpoints: int | None = None,
         truncate: bool = False,
         records_steps: Literal["no", "yes", "if_possible"] = "no",
+        skips_nonfinite: bool = False,
+        max_skipped_steps: int = 0,
+        row_names: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         """Set up training.
@@ -100,6 +104,9 @@ class AdapterTrainer(Trainer):
             truncate: Cut the beginnings of validation prompts that do not fit the model's window.
             records_steps: Record forward and backward once per input shape and replay them (`CapturedSteps`);
                 `"if_possible"` goes on eagerly where recording fails.
+            skips_nonfinite: Leave out steps whose loss or gradient is not finite; otherwise the first ends the run.
+            max_skipped_steps: How many may be left out.
+            row_names: Names of the rows to train on, for messages.
             kwargs: Arguments of `Trainer`.
         """
         self.validation = validation
@@ -107,7 +114,9 @@ class AdapterTrainer(Trainer):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.keep_checkpoints = keep_checkpoints
         self.truncate = truncate
-        self.watch = LossWatch()
+        self.skips_nonfinite, self.max_skipped_steps = skips_nonfinite, max_skipped_steps
+        self.row_names = row_names
+        self.guard: NonFiniteGuard | None = None
         self.seconds_aside = 0.0
         self.tokens_seen: Tensor | int = 0
         self.last_saved: Path | None = None
@@ -126,15 +135,61 @@ class AdapterTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """One micro-batch; on a CPU a loss that is not finite stops before the optimizer's step."""
+        """One micro-batch; the guard takes note of its loss."""
         mask = inputs.get("attention_mask", inputs.get(TOKEN_MASK))
         self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        if self.guard is None:
+            self.guard = self._make_guard()
+        self.guard.begin(self.state.global_step + 1, num_items_in_batch)
+        given = dict(inputs)
         if self._records_steps == "no":
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = self._recorded_step(model, inputs, num_items_in_batch)
-        self.watch.note(loss, self.state.global_step + 1)
-        return loss
+        return self.guard.note(given, loss)
+
+    def _make_guard(self) -> NonFiniteGuard:
+        optimizer: Any = self.optimizer
+        guard = NonFiniteGuard(
+            self.accelerator.unwrap_model(self.model),
+            getattr(optimizer, "optimizer", optimizer),
+            skip=self.skips_nonfinite,
+            max_skipped=self.max_skipped_steps,
+            scaled=getattr(self.accelerator, "scaler", None) is not None,
+            several=self.accelerator.num_processes > 1,
+            explain=self._explained,
+            tell=lambda line: tqdm.write(line, file=sys.stderr),
+        )
+        logged = (
+            entry["skipped_steps"] for entry in self.state.log_history[::-1] if "skipped_steps" in entry
+        )
+        guard.num_skipped = int(next(logged, 0))
+        return guard
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm; it is also where a step is found to be finite or not, before the optimizer's."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.guard is not None:
+            self.guard.decide(norm)
+        return norm
+
+    def _explained(self, step: Step) -> str:
+        """Run a step again and say what in it is not finite first, and for which rows of the data."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+
+        def loss_of(inputs: dict[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                loss: Any = self.compute_loss(
+                    model, self._prepare_inputs(inputs), num_items_in_batch=step.num_items
+                )
+            return loss
+
+        known = self.train_dataset if isinstance(self.train_dataset, list) else []
+        data = NamedRows(known, self.row_names, self.tokenizer.decode)
+        part = first_nonfinite(model, step.batches, loss_of, data)
+        parts = gather_object([part]) if self.accelerator.num_processes > 1 else [part]
+        found = next((part for part in parts if part is not None), None)
+        return found or "a second run of its batch was finite: look for an unreliable device"
 
     def _recorded_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """The step of `Trainer` as it is, on inputs that stay at their addresses."""
@@ -162,6 +217,8 @@ class AdapterTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._captured = None
+            if self.guard is not None:
+                self.guard.close()
             vars(self.model_wrapped).pop("zero_grad", None)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -192,9 +249,16 @@ class AdapterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; training entries carry the routing, and the loss is checked here on accelerators."""
         if "loss" in logs:
-            self.watch.check()
+            self.settle()
+            if self.guard is not None and self.guard.num_skipped:
+                logs["skipped_steps"] = self.guard.num_skipped
             logs.update(routing_summary(self.accelerator.unwrap_model(self.model)))
         super().log(logs, start_time)
+
+    def settle(self) -> None:
+        """Look at the last step now; see `NonFiniteGuard.settle`."""
+        if self.guard is not None:
+            self.guard.settle()
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Loss on the validation rows, and accuracy on all validation items."""
@@ -280,7 +344,7 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint beside the others and rename it into place when it is whole."""
         started = time.perf_counter()
-        self.watch.check()
+        self.settle()
         self._check_weights()
         step = self.state.global_step
         final = self.checkpoints / f"checkpoint-{step}"
@@ -331,7 +395,7 @@ class AdapterTrainer(Trainer):
         trained = [p for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad]
         finite = torch.stack([torch.isfinite(p.detach()).all() for p in trained]).all()
         if not bool(finite):
-            raise GraphLoraError(f"weights are not finite after step {self.state.global_step}")
+            raise NonFiniteError(f"weights are not finite after step {self.state.global_step}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore both; a learning rate or weight decay that the recipe changed since takes effect."""
