@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from graphlora.errors import GraphLoraError
 from graphlora.records import flush, write_text
 from graphlora.training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from graphlora.training.manifest import MANIFEST_FILE, sha256
 
 CHECKPOINTS = "checkpoints"
 STAGING = ".incomplete"
@@ -100,7 +100,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} of {size} bytes"
-            if _digest(path) != digest:
+            if sha256(path) != digest:
                 return f"{name} is not what was written"
     except FileNotFoundError:
         return _damage_without_seal(checkpoint)
@@ -112,7 +112,7 @@ def damage(checkpoint: Path) -> str | None:
 def seal(checkpoint: Path) -> None:
     """Write down the size and SHA-256 of every file of a finished checkpoint."""
     files = {
-        path.relative_to(checkpoint).as_posix(): [path.stat().st_size, _digest(path)]
+        path.relative_to(checkpoint).as_posix(): [path.stat().st_size, sha256(path)]
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file()
     }
@@ -130,14 +130,6 @@ def _damage_without_seal(checkpoint: Path) -> str | None:
         if not path.is_file() or not zipfile.is_zipfile(path):
             return f"{path.name} is missing or cut short"
     return None if randomness else "rng_state.pth is missing"
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_space(output: Path, num_bytes: int) -> None:
@@ -228,7 +220,7 @@ def _checkpoints(output: Path) -> list[Path]:
 def remove_run(output: Path) -> None:
     """Delete what a run wrote; other files stay."""
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    for name in (RECIPE_FILE, CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"):
+    for name in (RECIPE_FILE, CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, MANIFEST_FILE, "README.md"):
         (output / name).unlink(missing_ok=True)
 
 

@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.adapter_files import WEIGHT_PREFIX, AdapterFiles, is_adapter, read_adapter
@@ -82,6 +89,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """Config of a model, without its weights.
+
+    Raises:
+        GraphLoraError: The model is not found.
+    """
+    return _from_hub(name, lambda: AutoConfig.from_pretrained(**_source(name)))
 
 
 def load_base_model(

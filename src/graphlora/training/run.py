@@ -38,9 +38,11 @@ from graphlora.training.data import AnswerLogits, packing_collator, padding_coll
 from graphlora.training.interrupts import Interrupts, TrainingInterrupted
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
+from graphlora.training.manifest import MANIFEST_FILE
 from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
 from graphlora.training.nonfinite import NonFiniteError
 from graphlora.training.recipe import Recipe
+from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
 from graphlora.training.run_data import RunData, default_metric
@@ -141,8 +143,10 @@ def _train(
     metrics = _run(trainer, recipe, checkpoint, interrupts) | {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
     if trainer.is_world_process_zero():
+        (output / MANIFEST_FILE).unlink(missing_ok=True)
         save(model, output)
         record.write(output / RECORD_FILE)
+        seal(trainer, model, tokenizer, output)
     return TrainResult(output, metrics, record, model, tokenizer, trainer.state.log_history)
 
 
@@ -271,6 +275,18 @@ def save(model: PeftModel, output: Path) -> None:
             flush(output)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def seal(trainer: AdapterTrainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Write the manifest that `graphlora verify` reads; the model computes its output as it will when it is used."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    wrapped = {name: value for name, value in vars(model).items() if name in ("forward", "_original_forward")}
+    try:
+        # Takes the training's autocast off the model's forward.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        make_manifest(output, model, tokenizer, sharded=sharded).write(output)
+    finally:
+        vars(model).update(wrapped)
 
 
 def go_on_command(output: Path) -> str:

@@ -1,0 +1,61 @@
+"""The promises, in the order of the table. A record's own text replaces the sentence here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One row of the table.
+
+    Attributes:
+        topic: Heading it stands under.
+        name: Name of its record, `results/reliability/NAME.json`.
+        text: What is promised, for as long as there is no record.
+        command: Module and arguments of what measures it, below `reliability`; left out: its name.
+    """
+
+    topic: str
+    name: str
+    text: str
+    command: str = ""
+
+
+SCALE, CRASH, NUMBERS = "Many processes and large data", "Crash safety", "Numerical safety"
+FILES, REPEAT, RELEASE = "Untrusted files", "Reproducibility", "Compatibility and supply chain"
+
+PROMISES = (
+    Promise(SCALE, "ddp", "Two processes (DDP) follow the same loss curve as one."),
+    Promise(SCALE, "fsdp2", "Two processes (FSDP2) follow the same loss curve as one."),
+    Promise(SCALE, "other_world_size", "A run resumes on another number of processes."),
+    Promise(SCALE, "host_memory", "A large base never exists twice in host memory."),
+    Promise(SCALE, "two_gpus", "Two GPUs follow the loss curve of one."),
+    Promise(SCALE, "streaming", "Data of any size are read in bounded memory."),
+    Promise(SCALE, "stream_resume", "A run over streamed data resumes in the middle of an epoch."),
+    Promise(CRASH, "kills", "A killed run resumes and ends with the same weights."),
+    Promise(CRASH, "kills_ddp", "A killed run of two processes resumes and ends with the same weights."),
+    Promise(
+        CRASH, "disasters", "A full disk, lost data and SIGTERM end in a message and a usable checkpoint."
+    ),
+    Promise(
+        CRASH, "out_of_memory", "Memory that runs out ends in a line with settings and what each would save."
+    ),
+    Promise(NUMBERS, "nonfinite", "A loss that is not finite names its batch and layer."),
+    Promise(NUMBERS, "float32_routing", "Routers and losses compute in float32 under autocast."),
+    Promise(NUMBERS, "ties", "Ties are broken the same way on every rank and path."),
+    Promise(
+        FILES, "fuzz_adapter_config", "No adapter configuration crashes or allocates.", "fuzz adapter_config"
+    ),
+    Promise(FILES, "fuzz_safetensors", "No adapter file crashes.", "fuzz safetensors"),
+    Promise(FILES, "fuzz_study_yaml", "No study file crashes.", "fuzz study_yaml"),
+    Promise(FILES, "fuzz_recipe_yaml", "No recipe crashes.", "fuzz recipe_yaml"),
+    Promise(FILES, "fuzz_data", "No data file crashes.", "fuzz data"),
+    Promise(FILES, "fuzz_authors", "No checkpoint of the authors crashes.", "fuzz authors"),
+    Promise(REPEAT, "repeatable", "The same seed gives the same adapter, bit for bit, on one device."),
+    Promise(
+        REPEAT, "verify", "`graphlora verify` finds every changed byte and reproduces a recorded output."
+    ),
+    Promise(RELEASE, "versions", "The tests pass with the oldest and the newest supported versions."),
+    Promise(RELEASE, "wheel", "The wheel works in a clean environment, with its types and data."),
+)
