@@ -39,8 +39,9 @@ from graphlora.training.interrupts import Interrupts, TrainingInterrupted
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
 from graphlora.training.manifest import MANIFEST_FILE
-from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
+from graphlora.training.measuring import peak_memory, peak_reserved, start_measuring
 from graphlora.training.nonfinite import NonFiniteError
+from graphlora.training.out_of_memory import Facts, explained_memory
 from graphlora.training.recipe import Recipe
 from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
@@ -98,8 +99,8 @@ def train(
     if workbench.takes_signals:
         interrupts.install()
     try:
-        with explained_memory(recipe):
-            return _train(recipe, resume, overwrite, workbench, interrupts)
+        with explained_memory(recipe) as facts:
+            return _train(recipe, resume, overwrite, workbench, interrupts, facts)
     except TrainingInterrupted:
         raise
     except KeyboardInterrupt as error:
@@ -109,7 +110,7 @@ def train(
 
 
 def _train(
-    recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench, interrupts: Interrupts
+    recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench, interrupts: Interrupts, facts: Facts
 ) -> TrainResult:
     started = time.perf_counter()
     output = Path(recipe.output_dir)
@@ -120,7 +121,9 @@ def _train(
     tokenizer = workbench.tokenizer(recipe)
     base = workbench.base_model(recipe, dtype, device)
     recipe = completed(recipe, base.config, dtype)
+    facts.recipe, facts.config, facts.device, facts.dtype = recipe, base.config, device, dtype
     data = workbench.data(recipe, tokenizer)
+    facts.rows = data.train.rows
     mode = resolve_step_mode(recipe, base, device, data.train.longest)
     liger = liger_options(recipe, base.config.model_type, device, mode)
     recipe = recipe.changed(
