@@ -172,12 +172,12 @@ def run_rounds(
         output = folder / f"round{tally.rounds}"
         _round(path, output, log, min(KILLS_PER_ROUND, count - tally.kills), seconds, draw, start, tally)
         _compare(folder / "undisturbed", output, tally)
+        tally.resumed = log.read_text().count("going on from ")
         tell(
             f"round {tally.rounds}: {tally.kills} kills, {tally.in_saves} in a save, {tally.resumed} resumed, "
             f"{tally.differing} of {tally.tensors} tensors differ"
         )
     text = log.read_text()
-    tally.resumed = text.count("going on from ")
     tally.problems += [line for line in text.splitlines() if "Traceback" in line or "is damaged" in line]
     return tally
 

@@ -132,6 +132,11 @@ def _damage_without_seal(checkpoint: Path) -> str | None:
     return None if randomness else "rng_state.pth is missing"
 
 
+def go_on_command(output: Path) -> str:
+    """The command that resumes a run."""
+    return f"graphlora train --config {output / RECIPE_FILE} --resume"
+
+
 def check_space(output: Path, num_bytes: int) -> None:
     """Raise `GraphLoraError` where the disk has less room than `num_bytes`."""
     # Another process may be about to make the directory; its parent is on the same disk.

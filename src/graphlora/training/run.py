@@ -29,6 +29,7 @@ from graphlora.training.checkpoints import (
     RECORD_FILE,
     STAGING,
     check_space,
+    go_on_command,
     last_checkpoint,
     prepare_output,
     remove_run,
@@ -267,7 +268,8 @@ def save(model: PeftModel, output: Path) -> None:
         GraphLoraError: The disk is full or cannot be written.
     """
     staging = output / STAGING
-    with writing(output, "the checkpoints are kept"):
+    kept = f"the checkpoints are kept; once that is mended, go on with: {go_on_command(output)}"
+    with writing(output, kept):
         try:
             model.save_pretrained(str(staging))
             files = sorted(staging.iterdir())
@@ -290,11 +292,6 @@ def seal(trainer: AdapterTrainer, model: PeftModel, tokenizer: PreTrainedTokeniz
         make_manifest(output, model, tokenizer, sharded=sharded).write(output)
     finally:
         vars(model).update(wrapped)
-
-
-def go_on_command(output: Path) -> str:
-    """The command that resumes a run."""
-    return f"graphlora train --config {output / RECIPE_FILE} --resume"
 
 
 def _run(

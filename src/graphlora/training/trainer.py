@@ -30,6 +30,7 @@ from graphlora.training.checkpoints import (
     STAGING,
     STATE_FILE,
     damage,
+    go_on_command,
     replace_directory,
     seal,
     writing,
@@ -348,11 +349,10 @@ class AdapterTrainer(Trainer):
         self._check_weights()
         step = self.state.global_step
         final = self.checkpoints / f"checkpoint-{step}"
-        kept = (
-            f"the last whole checkpoint is {self.last_saved}"
-            if self.last_saved
-            else "no checkpoint was saved yet"
-        )
+        kept = "no checkpoint was saved yet"
+        if self.last_saved is not None:
+            again = go_on_command(self.checkpoints.parent)
+            kept = f"the last whole checkpoint is {self.last_saved}; once that is mended, go on with: {again}"
         self._staging = self.checkpoints / STAGING
         try:
             with writing(final, kept):
