@@ -287,14 +287,15 @@ def main(count: int = 50, executed: int = 10, seed: int = 0, write: bool = True)
                 own.mkdir()
                 tallies.append(run_rounds(own, kills, seed + part, start, print))
     total = _sum(tallies)
-    _check(total)
+    fail_unless_held(total)
     if write:
         write_record(
             "kills",
             PROMISE,
             "tests/reliability/test_kills.py::test_killed_runs_end_with_the_weights_of_an_undisturbed_one",
             figure(total),
-            _values(total) | {"started_from_nothing": executed, "forked": count - executed, "seed": seed},
+            record_values(total)
+            | {"started_from_nothing": executed, "forked": count - executed, "seed": seed},
         )
     print(figure(total))
     return total
@@ -308,7 +309,8 @@ def figure(tally: Tally) -> str:
     )
 
 
-def _values(tally: Tally) -> dict[str, object]:
+def record_values(tally: Tally) -> dict[str, object]:
+    """The numbers of a tally, for the record."""
     return {name: value for name, value in vars(tally).items() if name != "problems"}
 
 
@@ -320,7 +322,8 @@ def _sum(tallies: list[Tally]) -> Tally:
     return total
 
 
-def _check(tally: Tally) -> None:
+def fail_unless_held(tally: Tally) -> None:
+    """Raise SystemExit where the promise does not hold."""
     if tally.differing or tally.problems:
         raise SystemExit(f"the promise does not hold: {tally}")
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,8 +155,9 @@ def test_a_gradient_that_is_not_finite_beside_a_finite_loss(recipe, waits, monke
         train(Recipe.from_dict(recipe))
 
 
-def test_a_token_whose_embedding_is_broken_is_found_in_the_data(recipe, tiny_model, choices_file, tmp_path):
-    """Nothing is patched here: one weight of the base model is infinite, and one row has that token."""
+@pytest.fixture
+def broken_embedding(recipe, tiny_model, choices_file, tmp_path) -> dict:
+    """A base model in which one weight is infinite, of a token that one row has. Nothing is patched."""
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in Path(tiny_model).iterdir():
@@ -167,9 +170,28 @@ def test_a_token_whose_embedding_is_broken_is_found_in_the_data(recipe, tiny_mod
     rows[11] |= {"question": "What color is ~?", "id": "the tilde"}
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "validation.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    options = {"model": str(broken), "task": str(tmp_path), "num_train_epochs": 1, "max_steps": -1}
-    line = (
-        r"first in the output of model\.embed_tokens, whose weights are not finite, row\(s\) the tilde \('Que"
-    )
-    with pytest.raises(NonFiniteError, match=line):
-        train(Recipe.from_dict(recipe | options))
+    return recipe | {"model": str(broken), "task": str(tmp_path), "num_train_epochs": 2, "max_steps": -1}
+
+
+TILDE = r"first in the output of model\.embed_tokens, whose weights are not finite, row\(s\) the tilde \('Que"
+
+
+def test_a_token_whose_embedding_is_broken_is_found_in_the_data(broken_embedding):
+    with pytest.raises(NonFiniteError, match=TILDE):
+        train(Recipe.from_dict(broken_embedding))
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_same_steps_out(broken_embedding, tmp_path):
+    """Whichever of them gets the row; the other one's loss is spoiled too, by the loads of both."""
+    options = broken_embedding | {"on_nonfinite": "skip", "per_device_train_batch_size": 2}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(Recipe.from_dict(options).to_yaml())
+    script = Path(__file__).parents[1] / "support" / "spoiled_ranks.py"
+    launch = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([sys.executable, *launch, str(script), str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stderr.splitlines() if "left out" in line]
+    assert len(lines) == 2, lines
+    assert all(re.search(TILDE, line) for line in lines), lines
+    assert "alike True finite True" in done.stdout

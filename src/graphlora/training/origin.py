@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from graphlora.training.bucketing import TOKEN_MASK
 
 MAX_ROWS = 4
 MAX_TEXT = 60
+LAST = sys.maxsize
 
 
 @dataclass
@@ -24,10 +27,12 @@ class Origin:
     Attributes:
         place: In words, such as `"the output of model.layers.3.mlp"`.
         rows: Positions in the batch; empty where they cannot be told.
+        order: How many tensors came before it, so that processes can tell whose is first.
     """
 
     place: str
     rows: list[int]
+    order: int = 0
 
 
 def find_origin(model: nn.Module, num_rows: int, run: Callable[[], Tensor]) -> Origin | None:
@@ -44,28 +49,29 @@ def find_origin(model: nn.Module, num_rows: int, run: Callable[[], Tensor]) -> O
     found: list[Origin] = []
     with _watched(model, num_rows, found):
         loss = run()
-        if found:
-            return found[0]
-        if not _is_finite(loss):
-            return Origin("the loss itself, of finite logits", [])
+        if not found and not _is_finite(loss):
+            found.append(Origin("the loss itself, of finite logits", [], LAST))
+        # Always, because other processes may have found nothing and wait for this one.
         loss.backward()
     if found:
         return found[0]
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not _is_finite(parameter.grad):
-            return Origin(f"the gradient of {_short(name)}", [])
+            return Origin(f"the gradient of {_short(name)}", [], LAST)
     return None
 
 
 @contextmanager
 def _watched(model: nn.Module, num_rows: int, found: list[Origin]) -> Iterator[None]:
     """Within it, `found` gets what is not finite, in the order of computation."""
+    seen = itertools.count()
 
     def look(name: str, tensor: Tensor, what: str) -> None:
+        order = next(seen)
         if not found and not _is_finite(tensor):
             weights = model.get_submodule(name).parameters(recurse=False)
             cause = "" if all(map(_is_finite, weights)) else ", whose weights are not finite"
-            found.append(Origin(f"the {what} of {_short(name)}{cause}", _bad_rows(tensor, num_rows)))
+            found.append(Origin(f"the {what} of {_short(name)}{cause}", _bad_rows(tensor, num_rows), order))
 
     def hook(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -113,7 +119,9 @@ def _bad_rows(tensor: Tensor, num_rows: int) -> list[int]:
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("module.").removeprefix("base_model.model.").replace(".base_layer", "")
+    if name in ("base_model", "base_model.model"):
+        return "the model"
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 @dataclass(frozen=True)
@@ -153,24 +161,28 @@ def first_nonfinite(
     batches: Sequence[dict[str, Any]],
     loss_of: Callable[[dict[str, Any]], Tensor],
     data: NamedRows,
-) -> str | None:
-    """Where the micro-batches of a step stop being finite, in words; `None` where they do not.
+) -> tuple[int, int, str] | None:
+    """Where the micro-batches of a step stop being finite; `None` where they do not.
 
-    Gradients of the model are changed.
+    Every process runs all of them, forward and backward, so that none waits for another. Gradients are changed.
 
     Args:
         model: The adapted model.
         batches: As the data loader gave them.
         loss_of: Loss of a micro-batch, which it may change.
         data: Names of the rows.
+
+    Returns:
+        Number of the micro-batch, number of the tensor in it, and both in words.
     """
-    for inputs in batches:
+    first = None
+    for number, inputs in enumerate(batches):
         rows = batch_rows(inputs)
         origin = find_origin(model, len(rows), lambda inputs=inputs: loss_of(dict(inputs)))
-        if origin is not None:
+        if origin is not None and first is None:
             chosen = [rows[row] for row in origin.rows if row < len(rows)] or rows
-            return f"first in {origin.place}, row(s) {data.words(chosen)}"
-    return None
+            first = number, origin.order, f"first in {origin.place}, row(s) {data.words(chosen)}"
+    return first
 
 
 def batch_rows(inputs: dict[str, Any]) -> list[list[int]]:

@@ -124,7 +124,7 @@ def _train(
     recipe = completed(recipe, base.config, dtype)
     facts.recipe, facts.config, facts.device, facts.dtype = recipe, base.config, device, dtype
     data = workbench.data(recipe, tokenizer)
-    facts.rows = data.train.rows
+    facts.rows = getattr(data.train, "rows", None)
     mode = resolve_step_mode(recipe, base, device, data.train.longest)
     liger = liger_options(recipe, base.config.model_type, device, mode)
     recipe = recipe.changed(
@@ -227,7 +227,7 @@ def make_trainer(
             truncate=recipe.truncation != "refuse",
             skips_nonfinite=recipe.on_nonfinite == "skip",
             max_skipped_steps=recipe.max_skipped_steps,
-            row_names=data.train.names,
+            row_names=getattr(data.train, "names", ()),
             records_steps="no"
             if mode != "graph"
             else "yes"
@@ -306,7 +306,7 @@ def _run(
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         trainer.settle()
-    except NonFiniteError as error:
+    except GraphLoraError as error:
         raise _explained(error, recipe, trainer.last_saved) from error
     if stop.stopping:
         raise _interrupted(Path(recipe.output_dir), interrupts.number)
@@ -337,7 +337,9 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
     }
 
 
-def _explained(error: NonFiniteError, recipe: Recipe, last: Path | None) -> NonFiniteError:
+def _explained(error: GraphLoraError, recipe: Recipe, last: Path | None) -> GraphLoraError:
+    if not isinstance(error, NonFiniteError):
+        return error
     where = f"the last good checkpoint is {last}" if last is not None else "no checkpoint had been saved yet"
     return NonFiniteError(
         f"{error}: training stopped; {where}. Lower learning_rate (now {recipe.learning_rate}), use a longer "

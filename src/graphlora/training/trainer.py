@@ -35,8 +35,8 @@ from graphlora.training.checkpoints import (
     seal,
     writing,
 )
-from graphlora.training.nonfinite import NonFiniteError, NonFiniteGuard, Step
-from graphlora.training.origin import NamedRows, first_nonfinite
+from graphlora.training.guarded_trainer import GuardedTrainer
+from graphlora.training.nonfinite import NonFiniteError
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
@@ -72,7 +72,7 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(GuardedTrainer):
     """`Trainer` for adapters.
 
     It validates with the task's accuracy beside the loss, stops at or leaves out a step that is not finite, orders
@@ -89,9 +89,6 @@ class AdapterTrainer(Trainer):
         keep_checkpoints: int | None = None,
         truncate: bool = False,
         records_steps: Literal["no", "yes", "if_possible"] = "no",
-        skips_nonfinite: bool = False,
-        max_skipped_steps: int = 0,
-        row_names: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         """Set up training.
@@ -105,19 +102,13 @@ class AdapterTrainer(Trainer):
             truncate: Cut the beginnings of validation prompts that do not fit the model's window.
             records_steps: Record forward and backward once per input shape and replay them (`CapturedSteps`);
                 `"if_possible"` goes on eagerly where recording fails.
-            skips_nonfinite: Leave out steps whose loss or gradient is not finite; otherwise the first ends the run.
-            max_skipped_steps: How many may be left out.
-            row_names: Names of the rows to train on, for messages.
-            kwargs: Arguments of `Trainer`.
+            kwargs: Arguments of `GuardedTrainer` and `Trainer`.
         """
         self.validation = validation
         self.scoring: Scoring = scoring
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.keep_checkpoints = keep_checkpoints
         self.truncate = truncate
-        self.skips_nonfinite, self.max_skipped_steps = skips_nonfinite, max_skipped_steps
-        self.row_names = row_names
-        self.guard: NonFiniteGuard | None = None
         self.seconds_aside = 0.0
         self.tokens_seen: Tensor | int = 0
         self.last_saved: Path | None = None
@@ -125,7 +116,6 @@ class AdapterTrainer(Trainer):
         self._records_steps = records_steps
         self._captured: CapturedSteps | None = None
         self._num_parameters: int | None = None
-        self.tokenizer: Any = kwargs.pop("tokenizer")
         super().__init__(*args, **kwargs)
 
     @property
@@ -139,58 +129,13 @@ class AdapterTrainer(Trainer):
         """One micro-batch; the guard takes note of its loss."""
         mask = inputs.get("attention_mask", inputs.get(TOKEN_MASK))
         self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
-        if self.guard is None:
-            self.guard = self._make_guard()
-        self.guard.begin(self.state.global_step + 1, num_items_in_batch)
+        self.begin_guarded(num_items_in_batch)
         given = dict(inputs)
         if self._records_steps == "no":
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = self._recorded_step(model, inputs, num_items_in_batch)
-        return self.guard.note(given, loss)
-
-    def _make_guard(self) -> NonFiniteGuard:
-        optimizer: Any = self.optimizer
-        guard = NonFiniteGuard(
-            self.accelerator.unwrap_model(self.model),
-            getattr(optimizer, "optimizer", optimizer),
-            skip=self.skips_nonfinite,
-            max_skipped=self.max_skipped_steps,
-            scaled=getattr(self.accelerator, "scaler", None) is not None,
-            several=self.accelerator.num_processes > 1,
-            explain=self._explained,
-            tell=lambda line: tqdm.write(line, file=sys.stderr),
-        )
-        logged = (
-            entry["skipped_steps"] for entry in self.state.log_history[::-1] if "skipped_steps" in entry
-        )
-        guard.num_skipped = int(next(logged, 0))
-        return guard
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm; it is also where a step is found to be finite or not, before the optimizer's."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.guard is not None:
-            self.guard.decide(norm)
-        return norm
-
-    def _explained(self, step: Step) -> str:
-        """Run a step again and say what in it is not finite first, and for which rows of the data."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-
-        def loss_of(inputs: dict[str, Any]) -> Tensor:
-            with self.compute_loss_context_manager():
-                loss: Any = self.compute_loss(
-                    model, self._prepare_inputs(inputs), num_items_in_batch=step.num_items
-                )
-            return loss
-
-        known = self.train_dataset if isinstance(self.train_dataset, list) else []
-        data = NamedRows(known, self.row_names, self.tokenizer.decode)
-        part = first_nonfinite(model, step.batches, loss_of, data)
-        parts = gather_object([part]) if self.accelerator.num_processes > 1 else [part]
-        found = next((part for part in parts if part is not None), None)
-        return found or "a second run of its batch was finite: look for an unreliable device"
+        return self.end_guarded(given, loss)
 
     def _recorded_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """The step of `Trainer` as it is, on inputs that stay at their addresses."""
@@ -218,8 +163,7 @@ class AdapterTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._captured = None
-            if self.guard is not None:
-                self.guard.close()
+            self.close_guard()
             vars(self.model_wrapped).pop("zero_grad", None)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -251,15 +195,9 @@ class AdapterTrainer(Trainer):
         """Log; training entries carry the routing, and the loss is checked here on accelerators."""
         if "loss" in logs:
             self.settle()
-            if self.guard is not None and self.guard.num_skipped:
-                logs["skipped_steps"] = self.guard.num_skipped
+            logs.update(self.skipped())
             logs.update(routing_summary(self.accelerator.unwrap_model(self.model)))
         super().log(logs, start_time)
-
-    def settle(self) -> None:
-        """Look at the last step now; see `NonFiniteGuard.settle`."""
-        if self.guard is not None:
-            self.guard.settle()
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Loss on the validation rows, and accuracy on all validation items."""
