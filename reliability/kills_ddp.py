@@ -9,7 +9,7 @@ from pathlib import Path
 from reliability.kills import Pair, fail_unless_held, figure, record_values, run_rounds
 from reliability.record import write_record
 
-PROMISE = "A run of two processes that is killed at any moment resumes from a whole checkpoint and ends with the same weights."
+PROMISE = "A run of two processes, killed at any moment, resumes from a whole checkpoint and ends with equal weights."
 
 
 def main(count: int, seed: int) -> None:
