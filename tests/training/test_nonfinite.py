@@ -195,3 +195,43 @@ def test_two_processes_leave_the_same_steps_out(broken_embedding, tmp_path):
     assert len(lines) == 2, lines
     assert all(re.search(TILDE, line) for line in lines), lines
     assert "alike True finite True" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"optim": "adamw_torch"}, {"step_mode": "graph"}, {"fp16": True}], ids=str
+)
+def test_on_a_gpu_a_step_left_out_changes_nothing(broken_embedding, states, capfd, options):
+    """The fused optimizer reads the flag; another one makes the host wait; recorded steps; a loss scaler."""
+    given = {"on_nonfinite": "skip", "training_args": {"disable_tqdm": True}, "lora_dropout": 0.0, **options}
+    result = train(Recipe.from_dict(broken_embedding | given))
+    line = next(line for line in capfd.readouterr().err.splitlines() if "left out" in line)
+    assert re.search(TILDE, line), line
+    step = int(re.search(r"at step (\d+)", line)[1])
+    before, after = states[step - 1], states[step]
+    assert not [name for name, value in before.items() if not torch.equal(value, after[name])]
+    assert result.metrics["steps"] == 20
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_run_stops_with_layer_and_row(broken_embedding):
+    with pytest.raises(NonFiniteError, match=TILDE):
+        train(Recipe.from_dict(broken_embedding | {"training_args": {"disable_tqdm": True}}))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_does_not_wait_for_the_device(recipe):
+    """Between log lines, nothing of the guard reads a value: PyTorch would raise."""
+    options = {"training_args": {"disable_tqdm": True}, "logging_steps": 100, "max_steps": 12}
+    original = NonFiniteGuard.decide
+
+    def decide(self, norm):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            original(self, norm)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NonFiniteGuard, "decide", decide)
+        assert train(Recipe.from_dict(recipe | options)).metrics["steps"] == 12

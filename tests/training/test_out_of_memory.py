@@ -147,3 +147,21 @@ def test_a_fused_loss_saves_the_logits_of_a_large_vocabulary():
     run = Run(rows=4, length=160, positions=160)
     assert model.saving(run, fused_loss=True) > 4 * 160 * 50_000 * 4
     assert model.saving(replace(run, positions=1), fused_loss=True) < 1e6
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room_names_settings_and_their_savings(tiny_recipe):
+    """A real failed allocation: the process may use a small share of the GPU."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(30e6 / total)
+    options = {
+        "training_args": {"disable_tqdm": True},
+        "per_device_train_batch_size": 36,
+        "method": "graphlora",
+    }
+    options |= {"num_experts": 64, "r": 64}
+    try:
+        with pytest.raises(GraphLoraError, match="the GPU is out of memory"):
+            train(Recipe.from_dict(tiny_recipe | options))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
