@@ -69,7 +69,7 @@ def test_a_run_leaves_the_adapter_its_recipe_and_its_record(any_recipe, tiny_mod
     result = train(Recipe.from_dict(any_recipe))
     out = Path(any_recipe["output_dir"])
     assert {path.name for path in out.iterdir()} == {
-        WEIGHTS, "adapter_config.json", "README.md", "config.yaml", "record.json", "checkpoints",
+        WEIGHTS, "adapter_config.json", "README.md", "config.yaml", "record.json", "manifest.json", "checkpoints",
     }  # fmt: skip
     record = RunRecord.read(out / "record.json")
     assert record.kind == "training"
