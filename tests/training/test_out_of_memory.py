@@ -100,6 +100,13 @@ def test_what_caused_an_error_counts():
         fail(error)
 
 
+def test_an_error_that_is_its_own_cause_is_left_alone():
+    error = GraphLoraError("cannot write out")
+    error.__cause__ = error
+    with pytest.raises(GraphLoraError, match="cannot write out"):
+        fail(error)
+
+
 LLAMA = LlamaConfig(
     vocab_size=700,
     hidden_size=128,

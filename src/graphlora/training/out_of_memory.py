@@ -72,7 +72,9 @@ def explained_memory(recipe: Recipe) -> Iterator[Facts]:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that memory could not be had."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # an error raised from itself is its own cause
+        seen.add(id(error))
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:

@@ -306,7 +306,7 @@ def _run(
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         trainer.settle()
-    except GraphLoraError as error:
+    except NonFiniteError as error:
         raise _explained(error, recipe, trainer.last_saved) from error
     if stop.stopping:
         raise _interrupted(Path(recipe.output_dir), interrupts.number)
@@ -337,9 +337,7 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
     }
 
 
-def _explained(error: GraphLoraError, recipe: Recipe, last: Path | None) -> GraphLoraError:
-    if not isinstance(error, NonFiniteError):
-        return error
+def _explained(error: NonFiniteError, recipe: Recipe, last: Path | None) -> NonFiniteError:
     where = f"the last good checkpoint is {last}" if last is not None else "no checkpoint had been saved yet"
     return NonFiniteError(
         f"{error}: training stopped; {where}. Lower learning_rate (now {recipe.learning_rate}), use a longer "
