@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -70,6 +70,23 @@ class EpochSampler(Sampler[int]):
         if self.group is not None:
             return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch.
+
+    accelerate does not reach a sampler behind both a shard and skipped batches, which is where it is in a run of several
+    processes that goes on in the middle of an epoch: that run would see the rows in the order of the first epoch.
+    """
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Choose the order of the epoch that begins or goes on."""
+        self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class AdapterTrainer(GuardedTrainer):
@@ -275,7 +292,11 @@ class AdapterTrainer(GuardedTrainer):
         by_length = self.args.train_sampling_strategy == "group_by_length"
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler([len(row["input_ids"]) for row in rows], seed, group=step if by_length else None)
+        sampler = EpochSampler(
+            [len(row["input_ids"]) for row in rows], seed, group=step if by_length else None
+        )
+        self.add_callback(EpochOrder(sampler))
+        return sampler
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints if self._staging is None else self._staging)
