@@ -75,8 +75,8 @@ class EpochSampler(Sampler[int]):
 class EpochOrder(TrainerCallback):
     """Tells the sampler its epoch.
 
-    accelerate does not reach a sampler behind both a shard and skipped batches, which is where it is in a run of several
-    processes that goes on in the middle of an epoch: that run would see the rows in the order of the first epoch.
+    accelerate does not reach a sampler behind both a shard and skipped batches, where it is when several processes go
+    on in the middle of an epoch: they would see the rows in the order of the first epoch.
     """
 
     def __init__(self, sampler: EpochSampler) -> None:
