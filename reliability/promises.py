@@ -38,6 +38,9 @@ PROMISES = (
     Promise(
         CRASH, "disasters", "A full disk, lost data and SIGTERM end in a message and a usable checkpoint."
     ),
+    Promise(
+        CRASH, "out_of_memory", "Memory that runs out ends in a line with settings and what each would save."
+    ),
     Promise(NUMBERS, "nonfinite", "A loss that is not finite names its batch and layer."),
     Promise(NUMBERS, "float32_routing", "Routers and losses compute in float32 under autocast."),
     Promise(NUMBERS, "ties", "Ties are broken the same way on every rank and path."),

@@ -17,8 +17,8 @@ THINGS = ("sky", "grass", "coal", "snow", "earth", "rose", "sea", "leaf", "night
 WEIGHTS = "adapter_model.safetensors"
 
 
-def make_model(folder: Path) -> Path:
-    """A Llama of two layers with a tokenizer of 400 tokens."""
+def make_model(folder: Path, hidden_size: int = 32, layers: int = 2, window: int = 128) -> Path:
+    """A Llama with a tokenizer of 400 tokens."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -34,12 +34,12 @@ def make_model(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=window,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -60,6 +60,16 @@ def make_rows(path: Path, count: int = 40) -> Path:
         draw.shuffle(choices)
         rows.append({"question": f"What color is the {thing} {number}?", "choices": choices, "answer": gold})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_texts(path: Path, rows: int, words: int) -> Path:
+    """Rows of free text of that many words."""
+    draw = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(rows):
+            text = " ".join(draw.choice(THINGS) for _ in range(words))
+            file.write(json.dumps({"prompt": "What?", "completion": f" {text}"}) + "\n")
     return path
 
 

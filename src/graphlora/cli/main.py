@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; those of this process when left out.
 
     Returns:
-        Exit code: 0, 1 where `verify` finds a difference, 2 for a user's mistake, 130 after Ctrl-C.
+        Exit code: 0, 1 where `verify` finds a difference, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = underscored(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except KeyboardInterrupt as error:
         sys.stderr.write(f"\ngraphlora: {error or 'interrupted'}\n")
-        return 130
+        return getattr(error, "exit_code", 130)
     except BrokenPipeError:
         sys.stderr.close()
         return 0

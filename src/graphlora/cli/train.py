@@ -9,12 +9,15 @@ from typing import Any
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
 from graphlora.cli.parsing import make_parser
+from graphlora.errors import Interrupted
+from graphlora.training.interrupts import Interrupts
 from graphlora.training.recipe import GROUPS, Recipe, option_types, read_yaml
 
 DESCRIPTION = """\
 Fine-tune a model with GraphLoRA (or plain LoRA, to compare). A run is a recipe: options given here, on
 top of those in a YAML file with the same names (--config). The output directory gets the adapter, the
-recipe in full (config.yaml), the record (record.json) and the checkpoints. Ctrl-C saves a checkpoint.
+recipe in full (config.yaml), the record (record.json) and the checkpoints. Ctrl-C or SIGTERM finishes the step,
+saves a checkpoint, says how to go on, and exits with 130 or 143; a second one stops at once.
 Several GPUs: `accelerate launch` or `torchrun`, with the configs that `graphlora accelerate` lists."""
 EXAMPLE = """
 graphlora train --model HuggingFaceTB/SmolLM2-135M-Instruct --task arc_easy --output_dir runs/arc
@@ -45,13 +48,16 @@ def build_parser() -> ArgumentParser:
 def run(arguments: Namespace) -> None:
     """Train and say where the result is."""
     recipe = make_recipe(arguments)
-    from graphlora.training.measuring import memory_text
-    from graphlora.training.processes import is_first
-    from graphlora.training.run import train
-
+    # Loading the libraries takes seconds, in which a signal is to end in a line too.
+    with Interrupts() as interrupts:
+        try:
+            from graphlora.training.measuring import memory_text
+            from graphlora.training.processes import is_first
+            from graphlora.training.run import train
+        except KeyboardInterrupt as error:
+            raise Interrupted("stopped before training began", interrupts.number or 2) from error
     if not is_first():
         warnings.simplefilter("ignore")  # the first process gives the same ones
-
     result = train(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
     if not is_first():
         return

@@ -158,6 +158,10 @@ class Recipe:
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = option(
         "training", "order of the rows; shuffled anew each epoch from the seed", "random"
     )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "training", "a step whose loss or gradient is not finite: stop the run, or leave the step out", "stop"
+    )
+    max_skipped_steps: int = option("training", "steps that on_nonfinite skip may leave out", 10)
     seed: int = option("training", "seed of weights, data order and dropout", 0)
     deterministic: bool = option(
         "training",
@@ -302,6 +306,7 @@ POSITIVE = (
     "loraplus_lr_ratio",
     "early_stopping_patience",
     "max_length",
+    "max_skipped_steps",
     "train_limit",
     "eval_limit",
     "shuffle_buffer_size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
-from graphlora.records import RunRecord, data_hash, write_text
+from graphlora.records import RunRecord, data_hash, flush, write_text
 from graphlora.training.adapting import add_adapter
 from graphlora.training.arguments import needed_bytes, training_arguments
 from graphlora.training.bucketing import Bucketed, bucket_positions
@@ -28,6 +29,7 @@ from graphlora.training.checkpoints import (
     STAGING,
     check_space,
     checkpoint_processes,
+    go_on_command,
     last_checkpoint,
     prepare_output,
     remove_run,
@@ -41,10 +43,13 @@ from graphlora.training.data import (
     takes_answer_logits,
 )
 from graphlora.training.determinism import deterministic_algorithms
+from graphlora.training.interrupts import Interrupts, TrainingInterrupted
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
 from graphlora.training.manifest import MANIFEST_FILE
-from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
+from graphlora.training.measuring import peak_memory, peak_reserved, start_measuring
+from graphlora.training.nonfinite import NonFiniteError
+from graphlora.training.out_of_memory import Facts, explained_memory
 from graphlora.training.processes import check_sharded, is_first, num_processes, start_processes
 from graphlora.training.recipe import Recipe
 from graphlora.training.reproducing import make_manifest
@@ -56,10 +61,6 @@ from graphlora.training.stream_setup import stream_loader
 from graphlora.training.streaming import BadRow, TokenStream
 from graphlora.training.trainer import AdapterTrainer
 from graphlora.training.workbench import Workbench
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Training ended on Ctrl-C or SIGTERM; the message says where it can go on and with which command."""
 
 
 @dataclass
@@ -104,11 +105,24 @@ def train(
     if resume and overwrite:
         raise GraphLoraError("--resume and --overwrite are both given; choose one")
     recipe = located(recipe)
-    with explained_memory(recipe), deterministic_algorithms(recipe.deterministic):
-        return _train(recipe, resume, overwrite, workbench or Workbench())
+    workbench = workbench or Workbench()
+    interrupts = Interrupts()
+    if workbench.takes_signals:
+        interrupts.install()
+    try:
+        with explained_memory(recipe) as facts, deterministic_algorithms(recipe.deterministic):
+            return _train(recipe, resume, overwrite, workbench, interrupts, facts)
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt as error:
+        raise _interrupted(Path(recipe.output_dir), interrupts.number) from error
+    finally:
+        interrupts.restore()
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) -> TrainResult:
+def _train(
+    recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench, interrupts: Interrupts, facts: Facts
+) -> TrainResult:
     started = time.perf_counter()
     output = Path(recipe.output_dir)
     checkpoint = _start(recipe, output, resume, overwrite)
@@ -119,7 +133,9 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
     tokenizer = workbench.tokenizer(recipe)
     base = workbench.base_model(recipe, dtype, device)
     recipe = completed(recipe, base.config, dtype)
+    facts.recipe, facts.config, facts.device, facts.dtype = recipe, base.config, device, dtype
     data = workbench.data(recipe, tokenizer)
+    facts.rows = getattr(data.train, "rows", None)
     mode = resolve_step_mode(recipe, base, device, data.train.longest)
     liger = liger_options(recipe, base.config.model_type, device, mode)
     recipe = recipe.changed(
@@ -140,7 +156,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
         if not workbench.quiet:
             _tell(recipe, data, num_trained, checkpoint, resume)
     how = {"step_mode": mode, "loss_kernel": "none" if liger is None else "liger"}
-    metrics = _run(trainer, recipe, checkpoint, workbench.takes_signals) | {"num_trained": num_trained} | how
+    metrics = _run(trainer, recipe, checkpoint, interrupts) | {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
     if trainer.is_world_process_zero():
         (output / MANIFEST_FILE).unlink(missing_ok=True)
@@ -237,6 +253,9 @@ def make_trainer(
             loraplus_lr_ratio=recipe.loraplus_lr_ratio,
             keep_checkpoints=recipe.save_total_limit,
             truncate=recipe.truncation != "refuse",
+            skips_nonfinite=recipe.on_nonfinite == "skip",
+            max_skipped_steps=recipe.max_skipped_steps,
+            row_names=getattr(data.train, "names", ()),
             records_steps="no"
             if mode != "graph"
             else "yes"
@@ -279,11 +298,16 @@ def save(model: PeftModel, output: Path) -> None:
         GraphLoraError: The disk is full or cannot be written.
     """
     staging = output / STAGING
-    with writing(output, "the checkpoints are kept"):
+    kept = f"the checkpoints are kept; once that is mended, go on with: {go_on_command(output)}"
+    with writing(output, kept):
         try:
             model.save_pretrained(str(staging))
-            for path in sorted(staging.iterdir()):
+            files = sorted(staging.iterdir())
+            for path in files:
+                flush(path)
+            for path in files:
                 path.replace(output / path.name)
+            flush(output)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -300,33 +324,22 @@ def seal(trainer: AdapterTrainer, model: PeftModel, tokenizer: PreTrainedTokeniz
         vars(model).update(wrapped)
 
 
-def go_on_command(output: Path) -> str:
-    """The command that resumes a run."""
-    return f"graphlora train --config {output / RECIPE_FILE} --resume"
-
-
 def _run(
-    trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None, takes_signals: bool
+    trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None, interrupts: Interrupts
 ) -> dict[str, Any]:
     """Train; the metrics of the run."""
     several = trainer.accelerator.num_processes > 1
-    stop = StopOnSignal(_any_process(trainer) if several else None)
+    stop = StopOnSignal(interrupts, _any_process(trainer) if several else None)
     trainer.add_callback(stop)
     trainer.last_saved = checkpoint
-    output = Path(recipe.output_dir)
-    if takes_signals:
-        stop.install()
+    interrupts.finishes_step = True
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        trainer.watch.check()
-    except GraphLoraError as error:
+        trainer.settle()
+    except (NonFiniteError, BadRow) as error:
         raise _explained(error, recipe, trainer.last_saved) from error
-    except KeyboardInterrupt as error:
-        raise TrainingInterrupted(_where_to_go_on(output)) from error
-    finally:
-        stop.restore()
-    if stop.received is not None:
-        raise TrainingInterrupted(_where_to_go_on(output))
+    if stop.stopping:
+        raise _interrupted(Path(recipe.output_dir), interrupts.number)
     return _metrics(
         trainer, result, first_step=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     )
@@ -355,25 +368,29 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
     }
 
 
-def _explained(error: GraphLoraError, recipe: Recipe, last: Path | None) -> GraphLoraError:
-    if isinstance(error, BadRow) and last is not None:
+def _explained(
+    error: NonFiniteError | BadRow, recipe: Recipe, last: Path | None
+) -> NonFiniteError | GraphLoraError:
+    if isinstance(error, BadRow):
+        if last is None:
+            return error
         command = go_on_command(Path(recipe.output_dir))
         return GraphLoraError(f"{error}; mend the row and go on from {last} with: {command}")
-    if "not finite" not in str(error) and "the loss is" not in str(error):
-        return error
     where = f"the last good checkpoint is {last}" if last is not None else "no checkpoint had been saved yet"
-    return GraphLoraError(
+    return NonFiniteError(
         f"{error}: training stopped; {where}. Lower learning_rate (now {recipe.learning_rate}), use a longer "
-        f"warm-up, or float32; go on with: {go_on_command(Path(recipe.output_dir))} --learning_rate "
+        f"warm-up, float32, or on_nonfinite skip; go on with: {go_on_command(Path(recipe.output_dir))} --learning_rate "
         f"{recipe.learning_rate / 4:g}"
     )
 
 
-def _where_to_go_on(output: Path) -> str:
+def _interrupted(output: Path, number: int | None) -> TrainingInterrupted:
+    """What a run that got a signal says; `None` where another process got it."""
     last = last_checkpoint(output)
+    number = number or signal.SIGTERM
     if last is None:
-        return "stopped before the first checkpoint; nothing was saved"
-    return f"stopped; saved {last}. Go on with: {go_on_command(output)}"
+        return TrainingInterrupted("stopped before the first checkpoint; nothing was saved", number)
+    return TrainingInterrupted(f"stopped; saved {last}. Go on with: {go_on_command(output)}", number)
 
 
 def _any_process(trainer: AdapterTrainer) -> Any:
