@@ -52,6 +52,7 @@ PROMISES = (
     Promise(FILES, "fuzz_recipe_yaml", "No recipe crashes.", "fuzz recipe_yaml"),
     Promise(FILES, "fuzz_data", "No data file crashes.", "fuzz data"),
     Promise(FILES, "fuzz_authors", "No checkpoint of the authors crashes.", "fuzz authors"),
+    Promise(FILES, "bombs", "Small files that ask for endless memory are refused before it is taken."),
     Promise(REPEAT, "repeatable", "The same seed gives the same adapter, bit for bit, on one device."),
     Promise(REPEAT, "deterministic_cost", "Deterministic mode costs little."),
     Promise(

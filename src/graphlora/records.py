@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from graphlora.errors import GraphLoraError
+from graphlora.untrusted import parse_json
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -115,10 +116,7 @@ class RunRecord:
         Raises:
             GraphLoraError: Not a record, a version this release does not know, or fields of a wrong type.
         """
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise GraphLoraError(f"{where}: broken JSON ({error.msg} at line {error.lineno})") from error
+        values = parse_json(text, where)
         if not isinstance(values, dict) or "schema_version" not in values:
             raise GraphLoraError(f"{where}: not a run record (no schema_version)")
         if values["schema_version"] != SCHEMA_VERSION:

@@ -6,6 +6,7 @@ import pytest
 from study_records import COMMIT, study_record, write_records
 
 from graphlora.errors import GraphLoraError
+from graphlora.report.names import file_name
 from graphlora.report.reading import read_studies
 
 OTHER = "b" * 40
@@ -114,3 +115,19 @@ def test_mistakes_are_one_line(tmp_path):
         read_studies(tmp_path)
     with pytest.raises(GraphLoraError, match=r"no study 'ablation' in .*; there are: table1"):
         read_studies(tmp_path, study="ablation")
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/outside", "a/b", "..", "a\nb"])
+def test_a_study_whose_name_would_lead_its_files_elsewhere_is_skipped(name, tmp_path):
+    write_records([study_record("lora", "quiz", 0, 50)], tmp_path)
+    (tmp_path / "table1" / "other.json").write_text(study_record("lora", "quiz", 1, 50, study=name).to_json())
+    studies, broken = read_studies(tmp_path)
+    assert [study.name for study in studies] == ["table1"]
+    assert "is no name" in broken[0]
+
+
+def test_names_of_files_stay_in_their_folder():
+    assert (
+        file_name("table1-scores-meta-llama/../../Llama 3.1+x")
+        == "table1-scores-meta-llama_.._.._Llama_3.1+x"
+    )

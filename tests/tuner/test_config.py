@@ -120,3 +120,44 @@ def test_values_of_an_untrusted_file_are_bounded(tmp_path):
     path.write_text(json.dumps({**values, "router_hidden_size": 10**9}))
     with pytest.raises(GraphLoraError, match="router_hidden_size=1000000000"):
         PeftConfig.from_pretrained(tmp_path)
+
+
+HOSTILE = {
+    "experts": ({"num_experts": 10**9}, "num_experts=1000000000"),
+    "rank beyond floats": ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+    "not a number": ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+    "all together": ({"num_experts": 1024, "r": 4096}, "num_experts times r may be at most 65536"),
+    "by pattern": ({"num_experts_pattern": {"mlp": 1000}, "r": 100}, "1000 experts of rank 100"),
+    "a list": ({"preset": []}, r"preset=\[\]"),
+    "lists of lists": ({"target_modules": [["mlp"]]}, "target_modules=.* must be of type"),
+    "null": ({"norm_topk_prob": None}, "norm_topk_prob=None must be of type bool"),
+    "endless expression": ({"target_modules": "(a+)+$"}, "may take forever"),
+    "many repeats": ({"exclude_modules": ".*" * 7}, "may take forever"),
+    "broken expression": ({"rank_pattern": {"(": 4}}, "is no regular expression"),
+    "repeats beyond counting": ({"layers_pattern": "a{99999999999}", "layers_to_transform": 0}, "no regular expr"),
+    "long text": ({"base_model_name_or_path": "x" * 1001}, "text of 1001 characters"),
+    "terminal": ({"base_model_name_or_path": "\x1b[2J"}, "not printable"),
+    "many entries": ({"target_modules": [str(i) for i in range(10_001)]}, "10001 entries"),
+    "edges again and again": ({"edges": [[0, 1]] * 65}, "edges lists 65 pairs of 8 experts"),
+    "python's own names": ({"ffn_modules": {"up_proj": "__class__", "down_proj": "b"}}, "not the name of a module"),
+    "no part of an FFN": ({"ffn_modules": {"forward": "b"}}, "ffn_modules names 'forward'"),
+    "library by path": ({"auto_mapping": {"parent_library": "/tmp/x"}}, "not the name of a library"),
+    "layer": ({"layers_to_transform": [10**9]}, "layers_to_transform names 1000000000"),
+    "task": ({"task_type": ["CAUSAL_LM"]}, "task_type=.* is unknown"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_file_cannot_ask_for_everything(values, message, tmp_path):
+    with pytest.raises(GraphLoraError, match=message):
+        GraphLoraConfig(**values)
+    text = json.dumps({"peft_type": "GRAPHLORA"} | values)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(GraphLoraError, match=message):
+        GraphLoraConfig.from_pretrained(str(tmp_path))
+
+
+def test_another_methods_file_is_told(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    with pytest.raises(GraphLoraError, match="peft_type='LORA' is another method"):
+        GraphLoraConfig.from_pretrained(str(tmp_path))

@@ -9,6 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from safetensors.torch import load_file
 
+from graphlora.errors import GraphLoraError
 from graphlora.tuner.layer import GraphLoraLayer
 
 ADAPTER = "adapter_model.safetensors"
@@ -108,13 +109,11 @@ def test_auto_class_loads_base_and_adapter_from_directories(
     assert config.base_model_name_or_path == str(tmp_path / "base")
 
 
-def test_torch_files_load_too(make_adapted, make_llama, tokens, tmp_path):
-    model = make_adapted()
-    model.save_pretrained(tmp_path, safe_serialization=False)
+def test_pickled_weights_are_refused(make_adapted, make_llama, tmp_path):
+    make_adapted().save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").is_file()
-    assert torch.equal(
-        logits(PeftModel.from_pretrained(make_llama(), tmp_path).eval(), tokens), logits(model, tokens)
-    )
+    with pytest.raises(GraphLoraError, match=r"adapter_model\.bin, a pickle file, which is not read"):
+        PeftModel.from_pretrained(make_llama(), tmp_path)
 
 
 def test_selected_adapters_get_folders_of_their_own(make_adapted, make_config, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from graphlora.cli.parsing import make_parser
+from graphlora.errors import one_line
 from graphlora.training.adapter_files import AdapterFiles, read_adapter
 
 DESCRIPTION = """\
@@ -44,6 +45,7 @@ SHOWN = (
     "modules_to_save",
 )
 BLOCKS = " ▁▂▃▄▅▆▇█"
+MAX_LINE = 10_000
 LOAD, GRAPH = ".graphlora_coordination.cumulative_weights", ".graphlora_router.adjacency"
 GATES = ".graphlora_router.edge_logits"
 RATE, SCALE = ".graphlora_coordination.poisson_rate_bias", ".graphlora_coordination.normal_scale_bias"
@@ -107,7 +109,8 @@ def as_text(facts: dict[str, Any]) -> str:
     lines += _record_lines(facts["record"])
     if facts["layers"]:
         lines += ["", *_load_lines(facts["layers"]), "", *_graph_lines(facts["layers"])]
-    return "\n".join(lines)
+    # What files say is shown without letting it drive the terminal.
+    return "\n".join(one_line(line, MAX_LINE) for line in lines)
 
 
 def _record_lines(record: dict[str, Any] | None) -> list[str]:
@@ -178,26 +181,28 @@ def _edges_text(adjacency: list[list[float]]) -> str:
 
 def _shares(weights: Any) -> list[float] | None:
     total = float(weights.sum())
+    if float(weights.min()) < 0:
+        return None
     return [round(float(value) / total, 6) for value in weights] if total > 0 else None
 
 
 def _rate(bias: float, config: dict[str, Any]) -> float:
     """Lambda of a block, from the offset that is stored."""
     smooth = config.get("poisson_rate_form", "smooth") == "smooth"
-    return 1 + 1 / (1 + math.exp(-bias)) if smooth else min(2.0, max(1.0, 1.5 + bias))
+    return 1 + 1 / (1 + math.exp(min(-bias, 50.0))) if smooth else min(2.0, max(1.0, 1.5 + bias))
 
 
 def _scale(bias: float, num_experts: int, config: dict[str, Any]) -> float:
     """Sigma of a block, from the offset that is stored."""
     bounded = config.get("normal_scale_form", "bounded") == "bounded"
-    return num_experts / 4 * (1 + math.exp(bias)) if bounded else num_experts / 2 + bias
+    return num_experts / 4 * (1 + math.exp(min(bias, 50.0))) if bounded else num_experts / 2 + bias
 
 
 def _from_gates(logits: list[float], num_experts: int) -> list[list[float]]:
     """Adjacency of learned gates, whose logits stand for the pairs of experts in order."""
     graph = [[0.0] * num_experts for _ in range(num_experts)]
     for (first, second), logit in zip(combinations(range(num_experts), 2), logits, strict=True):
-        graph[first][second] = graph[second][first] = round(1 / (1 + math.exp(-logit)), 4)
+        graph[first][second] = graph[second][first] = round(1 / (1 + math.exp(min(-logit, 50.0))), 4)
     return graph
 
 

@@ -111,3 +111,8 @@ def listed(items: Iterable[object]) -> str:
     """`1, 2 and 3`."""
     words = [str(item) for item in items]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "none"
+
+
+def file_name(text: str) -> str:
+    """The text as the name of a file in the folder where it is put: whatever a record says, it leads nowhere else."""
+    return re.sub(r"[^\w.+-]+", "_", text)[:150]

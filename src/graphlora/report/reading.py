@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord
 from graphlora.report.names import study_order
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 KIND, FAILURE = "study", "study-failure"
 BASE = "base"
 
@@ -171,6 +173,8 @@ def _problem(record: RunRecord) -> str | None:
     """What a record of a study lacks to be counted."""
     if not record.study or not record.variant:
         return "a study's record without study or variant"
+    if not NAME.fullmatch(record.study):
+        return f"its study {record.study!r} is no name, which its files would have"
     if record.kind == KIND and "task" not in record.metrics:
         return "a study's record without metrics.task"
     return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from graphlora.report.aggregate import StudyNumbers
 from graphlora.report.figures_study import study_pictures
-from graphlora.report.names import METRICS, listed, natural, task_label, variant_label
+from graphlora.report.names import METRICS, file_name, listed, natural, task_label, variant_label
 from graphlora.report.plotting import Picture
 from graphlora.report.reading import BASE
 from graphlora.report.tables import Table, study_tables
@@ -38,7 +38,7 @@ class Section:
 
     def picture_file(self, picture: Picture, file_format: str) -> str:
         """Name of a picture's file."""
-        return f"{self.name}-{picture.name}.{file_format}"
+        return f"{file_name(f'{self.name}-{picture.name}')}.{file_format}"
 
 
 def study_section(numbers: StudyNumbers) -> Section:

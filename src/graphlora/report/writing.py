@@ -8,6 +8,7 @@ from pathlib import Path
 from graphlora.errors import GraphLoraError
 from graphlora.records import write_text
 from graphlora.report.aggregate import aggregate
+from graphlora.report.names import file_name
 from graphlora.report.page import html_page
 from graphlora.report.plotting import Picture, rendered
 from graphlora.report.reading import StudyRuns
@@ -56,7 +57,7 @@ def write_report(
     ]
     if "latex" in formats:
         written += [
-            write_text(folder / "tables" / f"{section.name}-{table.name}.tex", table.latex())
+            write_text(folder / "tables" / f"{file_name(f'{section.name}-{table.name}')}.tex", table.latex())
             for section in sections
             for table in section.tables
         ]

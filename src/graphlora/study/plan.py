@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,9 @@ from graphlora.study.presets import preset_values
 from graphlora.study.spec import BASE, StudyModel, StudySpec, StudyTask, Variant, data_name
 from graphlora.tasks import load_examples, load_mixture
 from graphlora.training.recipe import Recipe
+from graphlora.untrusted import local_path
 
+MAX_RUNS = 20_000
 NOWHERE = "(the study's)"
 # These say where something is, or how it is computed; they do not change what a run is.
 PLACES = ("model", "task", "output_dir", "data_dir", "run_name", "report_to")
@@ -91,6 +95,9 @@ def make_runs(spec: StudySpec) -> list[Run]:
         for variant in spec.all_variants
     }
     policies = {task.name: _policy(spec, model, task) for model, task in cells}
+    num_runs = len(cells) * (1 + len(spec.seeds) * len(spec.variants))
+    if num_runs > MAX_RUNS:
+        raise GraphLoraError(f"the study has {num_runs:,} runs; at most {MAX_RUNS:,} can be planned at once")
     runs = [_base_run(spec, model, task, policies[task.name]) for model, task in cells]
     for seed in spec.seeds:
         for model, task in cells:
@@ -160,9 +167,10 @@ def _merged(spec: StudySpec, task: StudyTask, variant: Variant) -> dict[str, Any
 
 def _place(name: str) -> str:
     """Absolute path where the name is on this disk, so that any working directory finds it."""
-    path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or (path.exists() and ("/" in name or "." in path.name))
-    return str(path.resolve()) if looks_local or path.is_dir() else name
+    path = local_path(name)
+    if path is not None and (path.is_dir() or "/" in name or "." in path.name):
+        return str(path.resolve())
+    return os.path.abspath(os.path.expanduser(name)) if name.startswith((".", "/", "~")) else name
 
 
 def _run(
@@ -234,14 +242,19 @@ def _base_run(spec: StudySpec, model: StudyModel, task: StudyTask, policy: dict[
 
 def _given(recipe: Recipe) -> dict[str, Any]:
     """The recipe's options that differ from the defaults, so that new options leave old runs what they are."""
-    values = asdict(recipe)
     needed = ("model", "task", "seed")
-    default = asdict(Recipe(model="", task="", output_dir=""))
+    default = _defaults()
     return {
-        item.name: values[item.name]
+        item.name: copy.deepcopy(getattr(recipe, item.name))
         for item in fields(Recipe)
-        if item.name != "output_dir" and (item.name in needed or values[item.name] != default[item.name])
+        if item.name != "output_dir"
+        and (item.name in needed or getattr(recipe, item.name) != default[item.name])
     }
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return asdict(Recipe(model="", task="", output_dir=""))
 
 
 def _resolved(options: dict[str, Any]) -> dict[str, Any]:

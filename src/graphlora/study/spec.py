@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from graphlora.errors import GraphLoraError
 from graphlora.study.yaml_lines import Lines, Place, read_with_lines
 from graphlora.training.recipe import Recipe, suggestion
+from graphlora.untrusted import local_path
 
 SHIPPED = Path(__file__).parents[1] / "studies"
 BASE = "base"
@@ -154,7 +155,10 @@ def read_spec(values: dict[str, Any], lines: Lines | None = None, only: tuple[st
     """
     lines = lines or Lines()
     values = dict(values)
-    only = tuple(values.pop("only", only))
+    names = values.pop("only", only)
+    if not isinstance(names, (list, tuple)):
+        raise lines.error(("only",), f"only is {names!r}; give a list of variant names")
+    only = tuple(map(str, names))
     for key in values:
         if key not in KEYS:
             raise lines.error(
@@ -201,10 +205,8 @@ def _models(values: Any, lines: Lines) -> tuple[StudyModel, ...]:
                 place, f"a model is {value!r}; give a hub id, a directory or {{name: ..., model: ...}}"
             )
         path = entry["model"]
-        local = Path(path).expanduser()
-        found.append(
-            StudyModel(str(entry.get("name") or (local.resolve().name if local.exists() else path)), path)
-        )
+        local = local_path(path)
+        found.append(StudyModel(str(entry.get("name") or (local.resolve().name if local else path)), path))
     _unique([model.name for model in found], ("models",), lines)
     return tuple(found)
 
@@ -248,8 +250,10 @@ def _variants(values: Any, lines: Lines) -> tuple[Variant, ...]:
         given = dict(given) if isinstance(given, dict) else ({} if given is None else given)
         match = given.pop(MATCH, None) if isinstance(given, dict) else None
         options = _options(given, place, lines, "variant")
-        if match is not None and match not in values:
-            raise lines.error((*place, MATCH), f"no variant {match!r}{suggestion(str(match), set(values))}")
+        if match is not None and (not isinstance(match, str) or match not in values):
+            raise lines.error(
+                (*place, MATCH), f"no variant {match!r}{suggestion(str(match), set(map(str, values)))}"
+            )
         if match is not None and options.get("method") != "lora":
             raise lines.error((*place, MATCH), f"{MATCH} chooses the rank of method lora; add 'method: lora'")
         found.append(Variant(str(name), options, match))
@@ -281,8 +285,13 @@ def _options(values: Any, place: Place, lines: Lines, what: Literal["policy", "v
         else:
             _check_adapter_field(str(name), values, here, lines, set(groups))
             others[name] = value
+    given = options.get("adapter_args", {})
+    if not isinstance(given, dict):
+        raise lines.error(
+            (*place, "adapter_args"), f"adapter_args is {given!r}; write 'option: value' lines below it"
+        )
     if others:
-        options["adapter_args"] = {**options.get("adapter_args", {}), **others}
+        options["adapter_args"] = {**given, **others}
     return options
 
 

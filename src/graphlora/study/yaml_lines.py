@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from graphlora.errors import GraphLoraError
+from graphlora.untrusted import read_yaml, yaml_value
 
 Place = tuple[str | int, ...]
 
@@ -49,21 +50,13 @@ def read_with_lines(path: Path) -> tuple[dict[str, Any], Lines]:
     Raises:
         GraphLoraError: The file is missing or broken, not a mapping, or names a key twice.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise GraphLoraError(f"cannot read the study {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not UTF-8 text"
-        raise GraphLoraError(f"{path}{line}: broken YAML: {problem}") from error
+    node, where = read_yaml(path, "the study")
+    lines: dict[Place, int] = {}
+    if node is not None:
+        _walk(node, (), lines, path)
+    values = yaml_value(node, where)
     if not isinstance(values, dict):
         raise GraphLoraError(f"{path} holds no study: expected lines such as 'study: NAME' and 'variants:'")
-    lines: dict[Place, int] = {}
-    _walk(node, (), lines, path)
     return values, Lines(path, lines)
 
 
@@ -77,6 +70,8 @@ def _walk(node: Any, place: Place, lines: dict[Place, int], path: Path) -> None:
     seen: dict[str, int] = {}
     for key, part in node.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise GraphLoraError(f"{path}:{line}: a key must be one word or number, not a list or mapping")
         if key.value == "<<":
             continue
         if key.value in seen:

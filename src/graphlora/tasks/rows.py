@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from graphlora.errors import GraphLoraError
+from graphlora.untrusted import parse_json
 
+# What a compressed file may unpack to: this much, and on top of it so many times its size.
+UNPACKED_FREE, UNPACKED_RATIO = 64 * 2**20, 100
+MAX_LINE_BYTES = 16 * 2**20
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 
 
@@ -50,7 +54,7 @@ def read_rows(path: Path) -> list[Row]:
         rows = _parquet(path) if path.suffix == ".parquet" else _text_rows(path)
     except UnicodeDecodeError as error:
         raise GraphLoraError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise GraphLoraError(f"{path} cannot be read: {error}") from error
     if not rows:
         raise GraphLoraError(f"{path} has no rows")
@@ -100,13 +104,31 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 def _text_rows(path: Path) -> list[Row]:
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    text = _unpacked(path) if path.suffix == ".gz" else path.read_bytes()
     decoded = text.decode("utf-8-sig")
     if path.suffix == ".csv":
         return list(_csv(path, decoded))
     if path.suffix == ".json":
         return list(_json(path, decoded))
     return list(_jsonl(path, decoded))
+
+
+def _unpacked(path: Path) -> bytes:
+    """The text of a .gz file; a few bytes that stand for endless text are refused before they fill the memory."""
+    most = UNPACKED_FREE + UNPACKED_RATIO * path.stat().st_size
+    text, line = bytearray(), 0
+    with gzip.open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            text += chunk
+            ends = chunk.rfind(b"\n")
+            line = line + len(chunk) if ends < 0 else len(chunk) - ends - 1
+            if line > MAX_LINE_BYTES:
+                raise GraphLoraError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; split it")
+            if len(text) > most:
+                raise GraphLoraError(
+                    f"{path} unpacks to more than {UNPACKED_RATIO} times its size; unpack it yourself if it is yours"
+                )
+    return bytes(text)
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
@@ -135,10 +157,7 @@ def json_row(text: str, where: str) -> Row:
 
 
 def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise GraphLoraError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from error
+    return parse_json(text, where)
 
 
 def _row(record: Any, where: str) -> Row:
@@ -166,6 +185,15 @@ def _parquet(path: Path) -> list[Row]:
     from pyarrow import parquet
 
     try:
+        metadata = parquet.read_metadata(path)
+        groups = (metadata.row_group(position) for position in range(metadata.num_row_groups))
+        if (
+            sum(group.total_byte_size for group in groups)
+            > UNPACKED_FREE + UNPACKED_RATIO * path.stat().st_size
+        ):
+            raise GraphLoraError(
+                f"{path} unpacks to more than {UNPACKED_RATIO} times its size; write it anew"
+            )
         records = parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise GraphLoraError(f"{path} is not a readable Parquet file: {error}") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from graphlora.errors import GraphLoraError
 from graphlora.tasks.example import LETTERS, Example, TextExample, continuations, letters, listed
 from graphlora.tasks.rows import Row
+from graphlora.untrusted import parse_json
 
 EXPECTED = (
     "expected prompt and completion; or messages; or question, choices (or A, B, ... or choice1, choice2) "
@@ -147,7 +147,7 @@ def _gold(answer: Any, texts: list[str], labels: list[str] | None) -> int:
             raise GraphLoraError(f"answer {answer!r} fits several of the choices {shown}; give its index")
         if matches:
             return matches.pop()
-    if key.isdecimal() and int(key) < len(texts):
+    if key.isdecimal() and len(key) < 10 and int(key) < len(texts):
         return int(key)
     raise GraphLoraError(f"answer {answer!r} is not among the choices {shown}")
 
@@ -168,9 +168,9 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise GraphLoraError(f"broken JSON inside a column ({error.msg}): {value[:60]!r}") from error
+        return parse_json(value, "a column")
+    except GraphLoraError as error:
+        raise GraphLoraError(f"broken JSON inside a column: {value[:60]!r} ({error})") from error
 
 
 def _list(value: Any, column: str) -> list[Any]:

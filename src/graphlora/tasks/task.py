@@ -130,7 +130,7 @@ class Task:
             ) from error
         except GraphLoraError as error:
             raise GraphLoraError(f"{row.where}: {error}") from error
-        except (ValueError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise GraphLoraError(
                 f"{row.where}: does not fit the schema of task {self.name!r}: {error}"
             ) from error
@@ -158,4 +158,4 @@ def subset(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
 
 def _key(example: Example) -> tuple[str, ...]:
     contexts = example.prompts or (example.prompt,)
-    return tuple(" ".join(text.lower().split()) for text in (*contexts, *sorted(example.choices)))
+    return tuple(" ".join(str(text).lower().split()) for text in (*contexts, *sorted(example.choices)))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphlora.adapter_table import (
+    CONFIG_FILE,
+    METHOD,
+    PICKLE_FILE,
+    WEIGHT_PREFIX,
+    WEIGHTS_FILE,
+    check_table,
+    read_config,
+    read_table,
+)
 from graphlora.errors import GraphLoraError
 
 if TYPE_CHECKING:
     import numpy as np
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-WEIGHT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,19 @@ class AdapterFiles:
 
     def tensors(self, ending: str) -> dict[str, np.ndarray]:
         """Float tensors whose name ends so, by the name of their module (bfloat16 ones are left out)."""
+        import numpy as np
         from safetensors import safe_open
 
         names = [name for name in self.shapes if name.endswith(ending) and self.dtypes[name] != "BF16"]
         with safe_open(self.path / WEIGHTS_FILE, framework="numpy") as file:
-            return {
-                name.removeprefix(WEIGHT_PREFIX).removesuffix(ending).rstrip("."): file.get_tensor(name)
-                for name in names
-            }
+            found = {name: file.get_tensor(name) for name in names}
+        for name, values in found.items():
+            if not np.isfinite(values).all():
+                raise GraphLoraError(f"{self.path / WEIGHTS_FILE}: {name} holds values that are not finite")
+        return {
+            name.removeprefix(WEIGHT_PREFIX).removesuffix(ending).rstrip("."): values
+            for name, values in found.items()
+        }
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -70,35 +80,23 @@ def read_adapter(path: str | Path) -> AdapterFiles:
     """Read an adapter's config and the table of its tensors.
 
     Raises:
-        GraphLoraError: A file is missing, or is not what its name says (truncated, tampered with).
+        GraphLoraError: A file is missing, is not what its name says (truncated, tampered with), or the two do not fit
+            each other.
     """
     path = Path(path)
     if not path.is_dir():
         raise GraphLoraError(f"no adapter directory at {path}; check the path")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise GraphLoraError(f"{path} has no {name}; give the directory that training wrote")
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise GraphLoraError(f"{path / CONFIG_FILE} is broken: {error}; restore it from a copy") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise GraphLoraError(f"{path / CONFIG_FILE} names no peft_type; it is not an adapter's config")
-    shapes, dtypes = _tensor_table(path / WEIGHTS_FILE)
-    return AdapterFiles(path, config, shapes, dtypes)
-
-
-def _tensor_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    shapes, dtypes = {}, {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                part = file.get_slice(name)
-                shapes[name], dtypes[name] = tuple(part.get_shape()), part.get_dtype()
-    except (SafetensorError, OSError) as error:
-        raise GraphLoraError(
-            f"{path} is truncated or damaged ({error}); restore it from a copy or a checkpoint"
-        ) from error
-    return shapes, dtypes
+            pickled = name == WEIGHTS_FILE and (path / PICKLE_FILE).is_file()
+            remedy = (
+                f"{PICKLE_FILE} is a pickle file, which is not read (graphlora import reads the authors')"
+                if pickled
+                else "give the directory that training wrote"
+            )
+            raise GraphLoraError(f"{path} has no {name}; {remedy}")
+    config = read_config(path / CONFIG_FILE)
+    table = read_table(path / WEIGHTS_FILE)
+    if config["peft_type"] == METHOD:
+        check_table(table, config)
+    return AdapterFiles(path, config, table.shapes, table.dtypes)

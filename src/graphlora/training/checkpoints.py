@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -140,6 +141,19 @@ def go_on_command(output: Path) -> str:
 def checkpoint_processes(checkpoint: Path) -> int:
     """Number of processes that wrote a checkpoint: each one leaves its random state."""
     return max(1, len(list(checkpoint.glob("rng_state*.pth"))))
+
+
+def refused_pickle(checkpoint: Path | None, error: Exception) -> GraphLoraError:
+    """The error of a checkpoint whose optimizer, scheduler or random state holds more than tensors and numbers.
+
+    transformers loads these files with `weights_only`, so that nothing in them has run.
+    """
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    what = f" ({found.group(1)})" if found else ""
+    return GraphLoraError(
+        f"{checkpoint} holds more than tensors{what} in {', '.join(TORCH_FILES)} or rng_state.pth; it was not run. "
+        "Delete that checkpoint and resume from the one before, or start again with --overwrite"
+    )
 
 
 def check_space(output: Path, num_bytes: int) -> None:

@@ -203,7 +203,11 @@ def _other_base(files: AdapterFiles, name: str, detail: str) -> GraphLoraError:
 
 
 def _source(name: str) -> dict[str, Any]:
-    """Arguments for `from_pretrained`: the path, and the .gguf file in it where there is one."""
+    """Arguments for `from_pretrained`: the path, the .gguf file in it where there is one, and no code from the hub."""
+    return {**_place(name), "trust_remote_code": False}
+
+
+def _place(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}

@@ -11,12 +11,15 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from graphlora import untrusted
 from graphlora.errors import GraphLoraError
+from graphlora.typed import Mismatch, fitted, type_name
 
 GROUPS = {
     "model": "Model and method",
@@ -210,7 +213,7 @@ class Recipe:
         known = {item.name for item in fields(cls)}
         for name in values:
             if name not in known:
-                raise GraphLoraError(f"unknown recipe option {name!r}{suggestion(name, known)}")
+                raise GraphLoraError(f"unknown recipe option {name!r}{suggestion(str(name), known)}")
         required = [item.name for item in fields(cls) if _default(item) is MISSING]
         missing = [name for name in required if values.get(name) is None]
         if missing:
@@ -245,21 +248,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         GraphLoraError: The file is missing, broken (names the line) or not a mapping.
     """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GraphLoraError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not UTF-8 text"
-        raise GraphLoraError(f"{path}{line}: broken YAML: {problem}") from error
+    node, where = untrusted.read_yaml(Path(path), "the recipe")
+    values = untrusted.yaml_value(node, where)
     if not isinstance(values, dict):
         raise GraphLoraError(f"{path} holds no recipe: expected lines such as 'model: PATH'")
     return values
 
 
+@cache
 def option_types() -> dict[str, Any]:
     """Type of each recipe option."""
     return get_type_hints(Recipe)
@@ -267,7 +263,7 @@ def option_types() -> dict[str, Any]:
 
 def suggestion(name: str, known: set[str]) -> str:
     """`"; did you mean 'x'?"` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:80], sorted(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -276,21 +272,14 @@ def _default(item: Any) -> Any:
 
 
 def _typed(values: dict[str, Any]) -> dict[str, Any]:
-    from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
     types = option_types()
-    for name in values:
-        parser.add_argument(f"--{name}", type=types[name], default=SUPPRESS)
-    try:
-        return dict(parser.parse_object(values).as_dict())
-    except ArgumentError as error:
-        name = next((name for name in values if f'"{name}"' in str(error)), None)
-        if name is None:
-            raise GraphLoraError(f"the recipe does not fit: {' '.join(str(error).split())}") from error
-        expected = types[name].__name__ if isinstance(types[name], type) else str(types[name])
-        expected = expected.replace("typing.", "").replace("NoneType", "None")
-        raise GraphLoraError(f"{name} is {values[name]!r}; expected {expected}") from error
+    typed = {}
+    for name, value in values.items():
+        try:
+            typed[name] = fitted(value, types[name])
+        except Mismatch:
+            raise GraphLoraError(f"{name} is {value!r}; expected {type_name(types[name])}") from None
+    return typed
 
 
 POSITIVE = (
@@ -320,11 +309,11 @@ NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_ratio", "warmup_steps",
 def _check_ranges(recipe: Recipe) -> None:
     for name in POSITIVE:
         value = getattr(recipe, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if value is not None and not 0 < value < math.inf:
             raise GraphLoraError(f"{name} is {value}; give a number above 0")
     for name in NOT_NEGATIVE:
         value = getattr(recipe, name)
-        if not (value >= 0 and math.isfinite(value)):
+        if not 0 <= value < math.inf:
             raise GraphLoraError(f"{name} is {value}; give 0 or more")
     if recipe.warmup_ratio >= 1:
         raise GraphLoraError(
@@ -364,7 +353,7 @@ def _check_combinations(recipe: Recipe) -> None:
     if recipe.early_stopping_patience is not None and recipe.eval_strategy == "no":
         raise GraphLoraError("early_stopping_patience needs validation; set eval_strategy to steps or epoch")
     if recipe.save_steps is not None and recipe.eval_strategy == "steps" and recipe.load_best_model_at_end:
-        parts = recipe.save_steps / recipe.eval_steps
+        parts = min(recipe.save_steps / recipe.eval_steps, 1e15)
         same_kind = (recipe.save_steps < 1) == (recipe.eval_steps < 1)
         if not same_kind or abs(parts - round(parts)) > 1e-9:
             raise GraphLoraError(

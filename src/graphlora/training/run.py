@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import signal
 import sys
@@ -32,6 +33,7 @@ from graphlora.training.checkpoints import (
     go_on_command,
     last_checkpoint,
     prepare_output,
+    refused_pickle,
     remove_run,
     writing,
 )
@@ -338,6 +340,8 @@ def _run(
         trainer.settle()
     except (NonFiniteError, BadRow) as error:
         raise _explained(error, recipe, trainer.last_saved) from error
+    except pickle.UnpicklingError as error:
+        raise refused_pickle(checkpoint, error) from error
     if stop.stopping:
         raise _interrupted(Path(recipe.output_dir), interrupts.number)
     return _metrics(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from graphlora.errors import GraphLoraError
+from graphlora.tuner.tensor_archive import read_tensors
+from graphlora.untrusted import read_json_object
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.bin", "adapter_config.json"
 # Their names of the FFN's projections.
 PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _ROUTER_TYPES = {"goe": "graph", "mixlora": "linear"}
-_LAYER = re.compile(r"mixlora\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"mixlora\.layers\.(\d{1,4})\.(.+)", re.ASCII)
 _ATTENTION = re.compile(r"(self_attn\.\w+)\.lora_[AB]\.weight")
 _CONV = re.compile(r"gate\.convs\.(\d+)\.lin\.weight")
 
@@ -68,7 +66,7 @@ class AuthorsCheckpoint:
 
 
 def read_checkpoint(source_dir: Path) -> AuthorsCheckpoint:
-    """Reads and checks a checkpoint; code inside the pickle is never run.
+    """Reads and checks a checkpoint; its pickle is never run, see `tensor_archive`.
 
     Raises:
         GraphLoraError: for a file that is missing, damaged or not theirs, and for tensors that do not fit together.
@@ -78,10 +76,21 @@ def read_checkpoint(source_dir: Path) -> AuthorsCheckpoint:
             raise GraphLoraError(
                 f"{source_dir} has no {name}; give the directory that the authors' code wrote."
             )
-    settings = read_json_object(source_dir / CONFIG_FILE, "adapter's configuration")
-    layers = _by_layer(_read_tensors(source_dir / WEIGHTS_FILE), source_dir / WEIGHTS_FILE)
+    settings = read_json_object(source_dir / CONFIG_FILE, "an adapter's configuration")
+    return checked_checkpoint(source_dir, settings, read_tensors(source_dir / WEIGHTS_FILE))
+
+
+def checked_checkpoint(
+    source_dir: Path, settings: dict[str, Any], tensors: dict[str, Tensor]
+) -> AuthorsCheckpoint:
+    """A checkpoint from what its two files hold; see `read_checkpoint`.
+
+    Raises:
+        GraphLoraError: for settings or tensors that are not theirs, or do not fit together.
+    """
+    layers = _by_layer(tensors, source_dir / WEIGHTS_FILE)
     strategy = settings.get("routing_strategy")
-    if strategy not in _ROUTER_TYPES:
+    if not isinstance(strategy, str) or strategy not in _ROUTER_TYPES:
         raise GraphLoraError(
             f"{source_dir / CONFIG_FILE}: routing_strategy={strategy!r} cannot be imported; "
             f"known are {', '.join(map(repr, _ROUTER_TYPES))}."
@@ -89,43 +98,6 @@ def read_checkpoint(source_dir: Path) -> AuthorsCheckpoint:
     checkpoint = _with_sizes(source_dir, settings, layers, _ROUTER_TYPES[strategy])
     _check_shapes(checkpoint)
     return checkpoint
-
-
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file; `what` names what it should be in the error.
-
-    Raises:
-        GraphLoraError: a file that cannot be read, is no JSON, or holds something else.
-    """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GraphLoraError(f"{path} is broken: {error}; restore it from a copy.") from error
-    if not isinstance(settings, dict):
-        raise GraphLoraError(f"{path} holds no JSON object; it is no {what}.")
-    return settings
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not zipfile.is_zipfile(path):
-        raise GraphLoraError(f"{path} is truncated, or no file of torch.save; copy it again.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" ({found.group(1)})" if found else ""
-        raise GraphLoraError(
-            f"{path} holds more than tensors{what}; it was not run. Only open such a file if you trust its source, "
-            "and save its tensors alone with torch.save."
-        ) from error
-    except (RuntimeError, EOFError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise GraphLoraError(f"{path} is damaged ({reason}); copy it again.") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise GraphLoraError(
-            f"{path} holds no table of tensors; it is not a checkpoint of the authors' code."
-        )
-    return {str(name): tensor.detach().float() for name, tensor in content.items()}
 
 
 def _by_layer(tensors: dict[str, Tensor], path: Path) -> list[dict[str, Tensor]]:

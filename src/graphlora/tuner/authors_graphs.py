@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers.activations import ACT2FN
 from graphlora.errors import GraphLoraError
 from graphlora.graph import adjacency_from_edges, similarity_edges
 from graphlora.tuner.authors_checkpoint import AuthorsCheckpoint
+from graphlora.untrusted import parse_json, read_text
 
 Edges = Sequence[Sequence[int]]
 
@@ -51,8 +51,8 @@ def given_graphs(graph: str | Path | Edges, num_layers: int, num_experts: int) -
     if path.suffix == ".safetensors":
         return _adjacencies(path, num_layers, num_experts)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = parse_json(read_text(path, "a graph"), str(path))
+    except GraphLoraError as error:
         raise GraphLoraError(
             f"graph {path}: {error}; give a .json file of edges or a .safetensors file."
         ) from error

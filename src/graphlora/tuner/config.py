@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 
+from graphlora.adapter_table import check_folder, read_config
 from graphlora.errors import GraphLoraError
 from graphlora.ops.backend import BACKENDS
+from graphlora.tuner.config_checks import check_names, check_size, check_types
 from graphlora.tuner.presets import PRESETS
-from graphlora.tuner.register import graphlora_peft_type
+from graphlora.tuner.register import PEFT_NAME, graphlora_peft_type
+from graphlora.untrusted import local_path
 
 BALANCE_FORMS = ("switch", "switch_all_layers", "mola", "ld_mole", "loramoe", "loramoe_paper", "dynmole")
 # An untrusted adapter_config.json must not be able to ask for terabytes.
@@ -191,19 +195,22 @@ class GraphLoraConfig(PeftConfig):
     recompute_gate_up: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = graphlora_peft_type()
-        if self.preset not in PRESETS:
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
             raise GraphLoraError(_not_a_choice("preset", self.preset, tuple(PRESETS)))
         has_own_count = self.num_experts is not None
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None and not (has_own_count and name == "num_experts_by_layer"):
                 setattr(self, name, copy.copy(value))
+        check_types(self)
+        super().__post_init__()
+        self.peft_type = graphlora_peft_type()
         for name in ("target_modules", "attention_target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         self._check_numbers()
+        check_size(self)
+        check_names(self)
         self._check_choices()
         self._check_patterns()
         self._check_routing()
@@ -248,9 +255,7 @@ class GraphLoraConfig(PeftConfig):
             from graphlora.graph import adjacency_from_edges
 
             self.edges = [list(edge) for edge in self.edges]
-            adjacency_from_edges(
-                self.num_experts, [(e[0], e[1]) if len(e) == 2 else tuple(e) for e in self.edges]
-            )
+            adjacency_from_edges(self.num_experts, self.edges)
         if self.expert_granularity == "ffn" and not self.norm_topk_prob:
             raise GraphLoraError(
                 "norm_topk_prob=False cannot be used with expert_granularity='ffn', whose weights must sum to 1; "
@@ -313,6 +318,36 @@ class GraphLoraConfig(PeftConfig):
                 "whose sparsity it trains."
             )
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """The configuration of a saved adapter; see PEFT's.
+
+        Raises:
+            GraphLoraError: a file that is damaged, or weights in the same folder that do not fit the configuration.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = local_path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        if folder is not None and isinstance(config, cls):
+            check_folder(folder, config.to_dict())
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The values in an `adapter_config.json`, read with bounds.
+
+        Raises:
+            GraphLoraError: a file that is damaged, too large, or not the configuration of a GraphLoRA adapter.
+        """
+        del kwargs
+        values = read_config(Path(path_json_file))
+        if values["peft_type"] != PEFT_NAME:
+            raise GraphLoraError(
+                f"{path_json_file}: peft_type={values['peft_type']!r} is another method; read it with peft.PeftConfig."
+            )
+        return values
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types (sets become sorted lists)."""
         values = super().to_dict()
@@ -337,12 +372,11 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 
 
 def _check_float(name: str, value: object, low: float, high: float) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= float(value) <= high:  # pyright: ignore[reportArgumentType]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise GraphLoraError(f"{name}={value!r} must be a number from {low:g} to {high:g}.")
 
 
 def _not_a_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(value), choices, n=1)
+    close = difflib.get_close_matches(str(value)[:80], choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.{hint}"

@@ -20,10 +20,10 @@ from graphlora.tuner.authors_checkpoint import (
     PROJECTIONS,
     AuthorsCheckpoint,
     read_checkpoint,
-    read_json_object,
 )
 from graphlora.tuner.authors_graphs import Edges, given_graphs, rebuilt_graphs
 from graphlora.tuner.config import GraphLoraConfig
+from graphlora.untrusted import read_json_object
 
 _REBUILT = (
     "the checkpoint holds no graph, so the expert graph was rebuilt from the stored expert projection, as the released "
@@ -87,7 +87,7 @@ def import_checkpoint(
     base_config = _base_config(name)
     if base_config is not None:
         _check_base(checkpoint, base_config, str(name))
-    config = _config(checkpoint, name)
+    config = adapter_config(checkpoint, name)
     notes: list[str] = []
     graphs: list[Tensor] = []
     if checkpoint.router_type == "linear":
@@ -116,7 +116,7 @@ def _base_config(name: str | None) -> dict[str, Any] | None:
     path = Path(name or "") / "config.json"
     if not name or not path.is_file():
         return None
-    return read_json_object(path, "model's configuration")
+    return read_json_object(path, "a model's configuration")
 
 
 def _check_base(checkpoint: AuthorsCheckpoint, base_config: dict[str, Any], name: str) -> None:
@@ -133,7 +133,12 @@ def _check_base(checkpoint: AuthorsCheckpoint, base_config: dict[str, Any], name
             )
 
 
-def _config(checkpoint: AuthorsCheckpoint, base_model: str | None) -> GraphLoraConfig:
+def adapter_config(checkpoint: AuthorsCheckpoint, base_model: str | None) -> GraphLoraConfig:
+    """The adapter's configuration that a checkpoint stands for.
+
+    Raises:
+        GraphLoraError: for settings that are missing, or that cannot work.
+    """
     graph = checkpoint.router_type == "graph"
     router: dict[str, Any] = {"router_poisson_loss_coef": 0.0, "router_normal_loss_coef": 0.0}
     if graph:
