@@ -26,10 +26,9 @@ SCALE, CRASH, NUMBERS = "Many processes and large data", "Crash safety", "Numeri
 FILES, REPEAT, RELEASE = "Untrusted files", "Reproducibility", "Compatibility and supply chain"
 
 PROMISES = (
-    Promise(SCALE, "ddp", "Two processes (DDP) follow the same loss curve as one."),
-    Promise(SCALE, "fsdp2", "Two processes (FSDP2) follow the same loss curve as one."),
-    Promise(SCALE, "other_world_size", "A run resumes on another number of processes."),
-    Promise(SCALE, "host_memory", "A large base never exists twice in host memory."),
+    Promise(SCALE, "two_processes", "Two processes (DDP and FSDP2) follow the same loss curve as one."),
+    Promise(SCALE, "resume_other_processes", "A run resumes on another number of processes.", "two_processes"),
+    Promise(SCALE, "loading_memory", "No process holds the whole base beside its part of it."),
     Promise(SCALE, "two_gpus", "Two GPUs follow the loss curve of one."),
     Promise(SCALE, "streaming", "Data of any size are read in bounded memory."),
     Promise(SCALE, "stream_resume", "A run over streamed data resumes in the middle of an epoch."),

@@ -240,7 +240,8 @@ def test_what_two_processes_saved_loads_in_one(runs, two, one):
     torch.testing.assert_close(loaded(input_ids=ids).logits, ours, rtol=1e-4, atol=1e-4)
     written = {path.name for path in (runs.folder / "fsdp graphlora").iterdir()}
     assert written == {
-        "adapter_model.safetensors", "adapter_config.json", "README.md", "config.yaml", "record.json", "checkpoints",
+        "adapter_model.safetensors", "adapter_config.json", "README.md", "config.yaml", "record.json", "manifest.json",
+        "checkpoints",
     }  # fmt: skip
 
 
