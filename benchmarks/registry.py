@@ -58,7 +58,7 @@ def _ffn_cases() -> tuple[Case, ...]:
         for shape in EIGHT_BILLION
     ]
     rest = [
-        _ffn_case(shape, r, tokens, skew, False, 12)
+        _ffn_case(shape, r, tokens, skew, False, 6)
         for tokens in (8192, 1024, 16384)
         for r in (8, 16, 2)
         for skew in ("balanced", "skewed")
@@ -103,11 +103,11 @@ def _full_case(shape: Shape) -> Case:
         "length": 1024,
         "candidates": candidates,
     }
-    return Case("step", f"{shape.name} all layers 8x1024", params, 100)
+    return Case("step", f"{shape.name} all layers 8x1024", params, 60)
 
 
 _FULL = tuple(_full_case(shape) for shape in EIGHT_BILLION)
-_STEP = tuple(_step_case(shape, 80) for shape in EIGHT_BILLION)
+_STEP = tuple(_step_case(shape, 45) for shape in EIGHT_BILLION)
 _FFN_TINY = _ffn_case(TINY, 2, 24, "skewed", True, 1)
 _STEP_TINY = Case(
     "step",
@@ -138,7 +138,7 @@ def _small_case(mode: str, seconds: float, candidates: list[str]) -> Case:
 _SMALL = (
     _small_case(
         "graphs",
-        70,
+        50,
         ["frozen", "peft", "peft_bfloat16", "peft_graph", "triton", "triton_graph", "torch_graph", "eager"],
     ),
     _small_case("compiled", 200, ["peft", "peft_compiled", "triton_graph", "triton_compiled"]),
@@ -186,7 +186,7 @@ SUITES: dict[str, Suite] = {
                     "decode",
                     f"llama3-8b batch{batch}",
                     {"shape": "llama3-8b", "layers": 32, "batch": batch, "context": 512},
-                    45,
+                    18,
                 )
                 for batch in (64, 1, 8, 32)
             ),
@@ -202,8 +202,8 @@ SUITES: dict[str, Suite] = {
         Suite(
             "curves",
             (
-                Case("curves", "float32", {"dtype": "float32", "steps": 100}, 40),
-                Case("curves", "bfloat16", {"dtype": "bfloat16", "steps": 100}, 40),
+                Case("curves", "float32", {"dtype": "float32", "steps": 100}, 30),
+                Case("curves", "bfloat16", {"dtype": "bfloat16", "steps": 100}, 30),
             ),
             (Case("curves", "float32", {"dtype": "float32", "steps": 4}),),
         ),

@@ -129,7 +129,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "7",
-        "router forward + backward, T = 8192, as a CUDA graph (the default preset's and the paper's)",
+        "router forward + backward, T = 8192, CUDA graph",
         "router",
         r"llama3-8b (width64 T8192|width256 .*none)",
         "triton",
