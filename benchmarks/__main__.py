@@ -52,13 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("table", _table, "print the target table"),
         ("figures", _figures, "draw the pictures and update docs/performance.md"),
+        ("scaling", _scaling, "cost model of many GPUs: draw its pictures and update docs/scaling.md"),
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(command=function)
         command.add_argument("--results", type=Path, nargs="*", default=[RESULTS], help="folders with data")
         command.add_argument("--tiny", action="store_true", help="from measurements of tiny cases")
-        if name == "figures":
-            command.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of performance.md")
+        if name != "table":
+            command.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page")
     return parser
 
 
@@ -144,6 +145,18 @@ def _figures(options: argparse.Namespace, words: list[str]) -> int:
     for path in draw_figures(measurements, options.docs / "images"):
         print(path)
     print(update_page(measurements, options.docs / "performance.md"))
+    return 0
+
+
+def _scaling(options: argparse.Namespace, words: list[str]) -> int:
+    del words
+    from benchmarks.scaling_page import draw_figures, read_two_gpus, update_page
+
+    measurements = [m for m in read(options.results) if m.tiny == options.tiny]
+    for path in draw_figures(measurements, options.docs / "images"):
+        print(path)
+    two_gpus = read_two_gpus(ROOT / "results" / "reliability" / "two_gpus.json")
+    print(update_page(measurements, two_gpus, options.docs / "scaling.md"))
     return 0
 
 

@@ -59,7 +59,7 @@ def compile_kernel(
     constants: dict[str, Any] = {
         "K": 2, "N": 8, "r": 8, "R": 16, "KP": 2, "SLOTS": 2, "BT": tokens, "BF": columns, "UNIFORM": True,
         "EVEN": True, "WIDE": False, "ACT": "silu", "FAST": dtype != "fp32", "PRECISE": dtype == "fp32",
-        "DROPOUT": False, "THRESHOLD": 0, "INVERSE": 1.0,
+        "DROPOUT": False, "THRESHOLD": 0, "INVERSE": 1.0, "STAGES": stages,
     } | changes  # fmt: skip
     signature: dict[str, str] = {}
     fixed: dict[tuple[int, ...], Any] = {}
@@ -77,7 +77,7 @@ def compile_kernel(
         if argument not in constants and argument not in {"scaling", "blocks", *_TABLES}:
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, fixed, aligned)
-    found = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, "num_stages": stages})
+    found = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
     usage, loop = _disassemble(found.asm["cubin"])
     return Compiled(name, *usage, found.metadata.shared, loop * warps * 32 / (tokens * columns))
 

@@ -137,7 +137,8 @@ def _step_ratios(measurements: Sequence[Measurement]) -> dict[str, dict[str, flo
 def _ffn_ratios(measurements: Sequence[Measurement]) -> dict[tuple[str, int, int, str], float]:
     result = {}
     for (suite, _), group in latest_attempts(measurements).items():
-        values = {m.candidate: m.value for m in group if m.status == OK and m.phase == "full" and m.value}
+        phase = "graph" if any(m.phase == "graph" and m.candidate == "triton" for m in group) else "full"
+        values = {m.candidate: m.value for m in group if m.status == OK and m.phase == phase and m.value}
         if suite == "ffn" and {"frozen", "triton"} <= set(values):
             p = group[0].params
             result[p["shape"], p["r"], p["tokens"], p["skew"]] = values["triton"] / values["frozen"]

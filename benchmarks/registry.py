@@ -58,7 +58,7 @@ def _ffn_cases() -> tuple[Case, ...]:
         for shape in EIGHT_BILLION
     ]
     rest = [
-        _ffn_case(shape, r, tokens, skew, False, 12)
+        _ffn_case(shape, r, tokens, skew, False, 6)
         for tokens in (8192, 1024, 16384)
         for r in (8, 16, 2)
         for skew in ("balanced", "skewed")
@@ -103,11 +103,11 @@ def _full_case(shape: Shape) -> Case:
         "length": 1024,
         "candidates": candidates,
     }
-    return Case("step", f"{shape.name} all layers 8x1024", params, 100)
+    return Case("step", f"{shape.name} all layers 8x1024", params, 60)
 
 
 _FULL = tuple(_full_case(shape) for shape in EIGHT_BILLION)
-_STEP = tuple(_step_case(shape, 80) for shape in EIGHT_BILLION)
+_STEP = tuple(_step_case(shape, 45) for shape in EIGHT_BILLION)
 _FFN_TINY = _ffn_case(TINY, 2, 24, "skewed", True, 1)
 _STEP_TINY = Case(
     "step",
@@ -117,7 +117,10 @@ _STEP_TINY = Case(
 
 
 def _shaped(suite: str, shapes: tuple[Shape, ...], seconds: float, **params: Any) -> tuple[Case, ...]:
-    label = " ".join(f"{key[0].upper() if key == 'tokens' else key}{value}" for key, value in params.items())
+    label = " ".join(
+        f"{'T' if key == 'tokens' else key}{' ' if isinstance(value, str) else ''}{value}"
+        for key, value in params.items()
+    )
     return tuple(
         Case(suite, f"{shape.name} {label}", {"shape": shape.name, **params}, seconds) for shape in shapes
     )
@@ -135,7 +138,7 @@ def _small_case(mode: str, seconds: float, candidates: list[str]) -> Case:
 _SMALL = (
     _small_case(
         "graphs",
-        70,
+        50,
         ["frozen", "peft", "peft_bfloat16", "peft_graph", "triton", "triton_graph", "torch_graph", "eager"],
     ),
     _small_case("compiled", 200, ["peft", "peft_compiled", "triton_graph", "triton_compiled"]),
@@ -160,6 +163,7 @@ SUITES: dict[str, Suite] = {
             "router",
             (
                 *_shaped("router", (LLAMA3_8B,), 15, width=64, tokens=8192),
+                *_shaped("router", (LLAMA3_8B,), 15, width=256, tokens=8192, self_term="none"),
                 *_shaped("router", (LLAMA3_8B,), 15, width=256, tokens=8192),
             ),
             _shaped("router", (TINY,), 1, width=8, tokens=24),
@@ -182,7 +186,7 @@ SUITES: dict[str, Suite] = {
                     "decode",
                     f"llama3-8b batch{batch}",
                     {"shape": "llama3-8b", "layers": 32, "batch": batch, "context": 512},
-                    45,
+                    18,
                 )
                 for batch in (64, 1, 8, 32)
             ),
@@ -198,8 +202,8 @@ SUITES: dict[str, Suite] = {
         Suite(
             "curves",
             (
-                Case("curves", "float32", {"dtype": "float32", "steps": 100}, 40),
-                Case("curves", "bfloat16", {"dtype": "bfloat16", "steps": 100}, 40),
+                Case("curves", "float32", {"dtype": "float32", "steps": 100}, 30),
+                Case("curves", "bfloat16", {"dtype": "bfloat16", "steps": 100}, 30),
             ),
             (Case("curves", "float32", {"dtype": "float32", "steps": 4}),),
         ),

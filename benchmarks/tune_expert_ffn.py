@@ -13,16 +13,41 @@ import sys
 from typing import Any
 
 SHAPES = {"llama3-8b": (4096, 14336), "qwen2-7b": (3584, 18944)}
-FORWARD = [(64, 3), (64, 2), (32, 4), (32, 3), (128, 2)]
-TOKEN = [(32, 3), (32, 2), (16, 3), (64, 2), (32, 4)]
+# Tokens, columns, splits of f, warps, stages, registers. Forward and token gradients share the tokens of a tile.
+TOKEN_MAJOR = [
+    (64, (64, 16, 4, 2), (32, 16, 4, 3)),
+    (64, (64, 16, 4, 3), (32, 16, 4, 4)),
+    (64, (64, 32, 4, 4), (32, 32, 4, 3)),
+    (64, (64, 16, 4, 3, 168), (32, 16, 4, 3, 168)),
+    (64, (32, 16, 4, 3, 128), (16, 16, 4, 3)),
+    (64, (32, 16, 4, 4, 128), (16, 16, 4, 4)),
+    (64, (32, 32, 4, 3, 128), (16, 16, 4, 4, 128)),
+    (64, (32, 8, 4, 4, 128), (16, 16, 4, 5, 128)),
+    (64, (16, 16, 4, 4), (16, 32, 4, 4, 128)),
+    (64, (16, 16, 4, 5, 80), (64, 16, 4, 3)),
+    (128, (64, 16, 8, 3), (32, 16, 8, 3)),
+    (128, (32, 16, 8, 3, 128), (16, 16, 8, 4)),
+    (32, (64, 16, 2, 3), (32, 16, 2, 3)),
+    (32, (32, 16, 2, 3), (16, 16, 2, 4)),
+    (32, (32, 16, 2, 4, 128), (16, 16, 2, 4, 128)),
+]
+# Tokens, columns, warps, stages, registers.
 WEIGHT = [
-    (32, 64, 4, 2),
     (64, 64, 4, 2),
-    (64, 64, 4, 1),
-    (32, 128, 8, 2),
-    (32, 64, 4, 3),
-    (32, 128, 4, 1),
-    (16, 64, 4, 3),
+    (64, 64, 4, 5),
+    (32, 64, 4, 2),
+    (32, 64, 4, 4),
+    (32, 64, 4, 6),
+    (32, 64, 4, 4, 168),
+    (16, 64, 4, 4),
+    (16, 64, 4, 6),
+    (16, 64, 4, 6, 128),
+    (32, 32, 2, 4),
+    (64, 32, 2, 4),
+    (32, 32, 2, 4, 168),
+    (16, 32, 2, 4, 128),
+    (128, 64, 8, 3),
+    (64, 64, 4, 2, 168),
 ]
 
 
@@ -31,26 +56,16 @@ def plans() -> list[Any]:
     from graphlora.ops.expert_ffn.triton_launch import TilePlan, Tiles
 
     found = []
-    for i in range(max(len(FORWARD), len(TOKEN), len(WEIGHT))):
-        f, t, w = FORWARD[i % len(FORWARD)], TOKEN[i % len(TOKEN)], WEIGHT[i % len(WEIGHT)]
-        splits = (8, 16, 32)[i % 3]
+    for i, (tokens, forward, token) in enumerate(TOKEN_MAJOR):
+        w = WEIGHT[i % len(WEIGHT)]
         found.append(
             TilePlan(
-                Tiles(64, f[0], splits, 4, f[1]),
-                Tiles(64, t[0], splits, 4, t[1]),
-                Tiles(w[0], w[1], 1, w[2], w[3]),
-                512,
+                Tiles(tokens, *forward),
+                Tiles(tokens, *token),
+                Tiles(w[0], w[1], 1, *w[2:]),
+                (512, 1024)[i % 2],
             )
         )
-    found.append(
-        TilePlan(Tiles(128, 64, 16, 8, 2), Tiles(128, 32, 16, 8, 2), Tiles(*WEIGHT[0][:2], 1, 4, 2), 256)
-    )
-    found.append(
-        TilePlan(Tiles(128, 64, 8, 8, 3), Tiles(128, 32, 8, 8, 3), Tiles(*WEIGHT[0][:2], 1, 4, 2), 1024)
-    )
-    found.append(
-        TilePlan(Tiles(32, 64, 16, 4, 3), Tiles(32, 64, 16, 4, 2), Tiles(*WEIGHT[1][:2], 1, 4, 2), 1024)
-    )
     return found
 
 
@@ -105,14 +120,12 @@ def _compile(job: tuple[Any, int, int, int]) -> None:
 
 
 def main() -> None:
-    """Compile all plans in parallel, then time them one by one."""
+    """Compile all plans in parallel, then time them one by one; `--once I` only runs plan I, for a profiler."""
+    if sys.argv[1] == "--once":
+        run(plans()[int(sys.argv[2])], 8192, *SHAPES["llama3-8b"], 8, skew=False, steps=0)
+        return
     out = open(sys.argv[1], "a", encoding="utf-8")  # noqa: SIM115 (written row by row)
-    cases = [
-        ("llama3-8b", 8, False),
-        ("llama3-8b", 16, False),
-        ("qwen2-7b", 8, False),
-        ("llama3-8b", 8, True),
-    ]
+    cases = [("llama3-8b", 8, False), ("qwen2-7b", 8, False), ("llama3-8b", 16, True)]
     jobs = [
         (plan, *SHAPES[shape], r) for (shape, r, skew), plan in itertools.product(cases, plans()) if not skew
     ]

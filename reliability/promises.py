@@ -26,10 +26,9 @@ SCALE, CRASH, NUMBERS = "Many processes and large data", "Crash safety", "Numeri
 FILES, REPEAT, RELEASE = "Untrusted files", "Reproducibility", "Compatibility and supply chain"
 
 PROMISES = (
-    Promise(SCALE, "ddp", "Two processes (DDP) follow the same loss curve as one."),
-    Promise(SCALE, "fsdp2", "Two processes (FSDP2) follow the same loss curve as one."),
-    Promise(SCALE, "other_world_size", "A run resumes on another number of processes."),
-    Promise(SCALE, "host_memory", "A large base never exists twice in host memory."),
+    Promise(SCALE, "two_processes", "Two processes (DDP and FSDP2) follow the same loss curve as one."),
+    Promise(SCALE, "resume_other_processes", "A run resumes on another number of processes.", "two_processes"),
+    Promise(SCALE, "loading_memory", "No process holds the whole base beside its part of it."),
     Promise(SCALE, "two_gpus", "Two GPUs follow the loss curve of one."),
     Promise(SCALE, "streaming", "Data of any size are read in bounded memory."),
     Promise(SCALE, "stream_resume", "A run over streamed data resumes in the middle of an epoch."),
@@ -37,6 +36,9 @@ PROMISES = (
     Promise(CRASH, "kills_ddp", "A killed run of two processes resumes and ends with the same weights."),
     Promise(
         CRASH, "disasters", "A full disk, lost data and SIGTERM end in a message and a usable checkpoint."
+    ),
+    Promise(
+        CRASH, "out_of_memory", "Memory that runs out ends in a line with settings and what each would save."
     ),
     Promise(NUMBERS, "nonfinite", "A loss that is not finite names its batch and layer."),
     Promise(NUMBERS, "float32_routing", "Routers and losses compute in float32 under autocast."),
@@ -51,6 +53,7 @@ PROMISES = (
     Promise(FILES, "fuzz_authors", "No checkpoint of the authors crashes.", "fuzz authors"),
     Promise(FILES, "bombs", "Small files that ask for endless memory are refused before it is taken."),
     Promise(REPEAT, "repeatable", "The same seed gives the same adapter, bit for bit, on one device."),
+    Promise(REPEAT, "deterministic_cost", "Deterministic mode costs little."),
     Promise(
         REPEAT, "verify", "`graphlora verify` finds every changed byte and reproduces a recorded output."
     ),

@@ -15,6 +15,7 @@ from graphlora.benchmark.random_model import random_model
 
 CURVE = Shape("curve", "llama", 128, 344, 2, 4, 2, 256)
 BATCH, LENGTH = 8, 32
+LEARNING_RATE = 5e-4
 BACKENDS = ("eager", "torch", "triton")
 
 
@@ -39,7 +40,12 @@ def largest_gap(one: list[float], other: list[float]) -> float:
 
 
 def training_curve(
-    backend: str, dtype: torch.dtype, device: torch.device, steps: int, seed: int = 0
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    steps: int,
+    seed: int = 0,
+    lr: float = LEARNING_RATE,
 ) -> list[float]:
     """Losses of a tiny model that learns sequences with a rule.
 
@@ -49,11 +55,12 @@ def training_curve(
         device: where it runs.
         steps: optimizer steps.
         seed: of the adapter; base and batches are the same for all.
+        lr: learning rate.
     """
     base = random_model(model_config(CURVE, CURVE.num_layers), device, dtype)
     torch.manual_seed(seed)
     model = cast(nn.Module, get_peft_model(base, graphlora_config(8, backend))).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     generator = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(steps):

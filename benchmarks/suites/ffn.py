@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks.candidates.ffn import FfnBench, FfnCandidate
 from benchmarks.context import Context
-from benchmarks.failures import failures
+from benchmarks.graphs import time_graphs
 from benchmarks.shapes import SHAPES
-from graphlora.benchmark.timing import Call, Stopwatch, describe_error
+from graphlora.benchmark.timing import Call, Stopwatch
 
 # Few tokens are launch-bound when called from Python; a CUDA graph shows what the kernels themselves take.
 _GRAPHED_UP_TO = 1024
+_LOOPS = {"eager", "loop"}
 
 
 def measure(context: Context) -> None:
@@ -22,7 +25,11 @@ def measure(context: Context) -> None:
     calls = {name: timed_call(candidate, bench) for name, candidate in made.items()}
     context.add_timings(context.interleave(calls))
     if context.device.type == "cuda" and p["tokens"] <= _GRAPHED_UP_TO:
-        _time_graphs(context, made, bench)
+        # The loops read on the host which tokens an expert has.
+        runs = {
+            name: partial(c.gradients, bench.x, bench.dy) for name, c in made.items() if name not in _LOOPS
+        }
+        time_graphs(context, runs)
 
 
 def timed_call(candidate: FfnCandidate, bench: FfnBench) -> Call:
@@ -35,38 +42,3 @@ def timed_call(candidate: FfnCandidate, bench: FfnBench) -> Call:
         watch.lap("backward")
 
     return call
-
-
-def _time_graphs(context: Context, made: dict[str, FfnCandidate], bench: FfnBench) -> None:
-    calls: dict[str, Call] = {}
-    for name, candidate in made.items():
-        try:
-            calls[name] = _replayed(capture(candidate, bench))
-        except failures() as error:
-            context.fail(name, describe_error(error), "graph")
-            torch.cuda.synchronize()
-    result = context.interleave(calls)
-    result.timings = {name: {"graph": phases["graph"]} for name, phases in result.timings.items()}
-    context.add_timings(result)
-
-
-def _replayed(graph: torch.cuda.CUDAGraph) -> Call:
-    def call(watch: Stopwatch) -> None:
-        graph.replay()
-        watch.lap("graph")
-
-    return call
-
-
-def capture(candidate: FfnCandidate, bench: FfnBench) -> torch.cuda.CUDAGraph:
-    """Forward and backward of a candidate as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            candidate.gradients(bench.x, bench.dy)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        candidate.gradients(bench.x, bench.dy)
-    return graph

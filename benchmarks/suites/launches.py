@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.candidates.ffn import FfnBench, FfnCandidate
 from benchmarks.context import Context
 from benchmarks.failures import NotHere, failures
+from benchmarks.graphs import capture
 from benchmarks.shapes import SHAPES
-from benchmarks.suites.ffn import capture
 from graphlora.benchmark.timing import describe_error, release
 
 # The name in the table, and the candidate behind it: the whole adapted block as a model runs it.
@@ -48,8 +49,12 @@ def measure(context: Context) -> None:
         except failures() as error:
             context.fail(name, describe_error(error), "kernels")
     # Last, because a failed capture can leave the stream unusable.
+    syncing = {m.candidate for m in context.found if m.phase == "syncs" and m.value}
     for name, candidate in made.items():
-        _try_capture(context, name, candidate, bench)
+        if name in syncing:
+            context.add(name, "not_capturable", 1.0, "blocks", first="reads values on the host")
+        else:
+            _try_capture(context, name, candidate, bench)
         release(context.device)
 
 
@@ -92,7 +97,7 @@ def _find_syncs(context: Context, name: str, candidate: FfnCandidate, bench: Ffn
 
 def _try_capture(context: Context, name: str, candidate: FfnCandidate, bench: FfnBench) -> None:
     try:
-        graph = capture(candidate, bench)
+        graph = capture(partial(candidate.gradients, bench.x, bench.dy), bench.device)
         graph.replay()
         torch.cuda.synchronize()
         context.add(name, "not_capturable", 0.0, "blocks")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.candidates.ffn import ALPHA, NUM_EXPERTS, TOP_K, Block, FfnBench
 from benchmarks.context import Context
+from benchmarks.graphs import time_graphs
 from benchmarks.shapes import SHAPES
 from graphlora import GraphLoraConfig
 from graphlora.benchmark.random_model import twin
@@ -28,6 +29,7 @@ def measure(context: Context) -> None:
     config = GraphLoraConfig(
         r=8, lora_alpha=ALPHA, num_experts=NUM_EXPERTS, top_k=TOP_K, router_hidden_size=p["width"],
         target_modules=["mlp"], attention_target_modules=[],
+        **({"router_self_term": p["self_term"]} if "self_term" in p else {}),
     )  # fmt: skip
     model = get_peft_model(cast(Any, Block(twin(bench.mlp))), config).train()
     layer = next(m for m in model.modules() if isinstance(m, GraphLoraLayer))
@@ -37,17 +39,26 @@ def measure(context: Context) -> None:
     d_probs = torch.randn(p["tokens"], NUM_EXPERTS, device=context.device)
     d_weights = torch.randn(p["tokens"], TOP_K, device=context.device)
 
+    def backward(routing: Routing) -> object:
+        outputs = (routing.router_probs, routing.top_k_weights)
+        return torch.autograd.grad(outputs, (bench.x, *weights), (d_probs, d_weights), allow_unused=True)
+
     def make(backend: str) -> Call:
         def call(watch: Stopwatch) -> None:
             routing = route(router, bench.x, backend)
             watch.lap("forward")
-            outputs = (routing.router_probs, routing.top_k_weights)
-            torch.autograd.grad(outputs, (bench.x, *weights), (d_probs, d_weights), allow_unused=True)
+            backward(routing)
             watch.lap("backward")
 
         return call
 
-    context.add_timings(context.interleave(context.build(CANDIDATES, make)))
+    calls = context.build(CANDIDATES, make)
+    context.add_timings(context.interleave(calls))
+    if context.device.type == "cuda":
+        # Called from Python, launches take longer than the kernels, which in a whole step run behind the big products.
+        time_graphs(
+            context, {name: lambda name=name: backward(route(router, bench.x, name)) for name in calls}
+        )
 
 
 def route(router: CenteredRouter, x: Tensor, backend: str) -> Routing:

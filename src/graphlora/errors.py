@@ -14,6 +14,19 @@ class GraphLoraError(ValueError):
         super().__init__(one_line(str(message)))
 
 
+class Interrupted(KeyboardInterrupt):
+    """Work that ended on a signal; the message says what is kept and how to go on.
+
+    Attributes:
+        exit_code: Exit code of a command that ends so: 128 and the signal's number (130 for Ctrl-C, 143 for SIGTERM).
+    """
+
+    def __init__(self, message: str, number: int = 2) -> None:
+        """Say what was interrupted, and by which signal (2: SIGINT)."""
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 def one_line(text: str, limit: int = MAX_LENGTH) -> str:
     """Text from anywhere, safe to print: one line, control characters escaped, the middle left out where it is long.
 

@@ -25,8 +25,9 @@ def batch_load(weights: Tensor, top_k_index: Tensor, num_experts: int, token_mas
     weights = weights.float()
     if token_mask is not None:
         weights = weights * token_mask.to(weights.dtype)[:, None]
-    load = torch.zeros(num_experts, device=weights.device, dtype=torch.float32)
-    return load.index_add(0, top_k_index.reshape(-1), weights.reshape(-1))
+    # Added up per token first: sums that race for N places would differ in their last bits from run to run on a GPU.
+    by_token = weights.new_zeros(len(weights), num_experts).scatter_add(1, top_k_index, weights)
+    return by_token.sum(dim=0)
 
 
 def windowed_load(history: Tensor, batch: Tensor, window: LoadWindow, decay: float) -> Tensor:

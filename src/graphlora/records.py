@@ -168,6 +168,7 @@ def write_text(path: str | Path, text: str) -> Path:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+        flush(path.parent)
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -175,6 +176,17 @@ def write_text(path: str | Path, text: str) -> Path:
             f"cannot write {path}: {error.strerror or error}; choose another place"
         ) from error
     return path
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on the disk; not for directories on Windows."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

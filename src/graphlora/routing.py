@@ -211,6 +211,6 @@ def begin_updates(routers: Iterable[CenteredRouter]) -> None:
         weight = some * torch.clamp(1 / (updates + 1), min=1 / _MEAN_HORIZON)
         mean = torch.stack([router.logit_sum for router in group]) / count.clamp_min(1)[:, None]
         offset = torch.stack([router.logit_offset for router in group]).lerp_(mean, weight[:, None])
-        _aten._foreach_copy_([router.logit_offset for router in group], list(offset.unbind()))
-        _aten._foreach_add_([router.num_updates for router in group], list(some.unbind()))
-        _aten._foreach_zero_([t for router in group for t in (router.logit_sum, router.logit_count)])
+        _aten._foreach_copy_.default([router.logit_offset for router in group], list(offset.unbind()))
+        _aten._foreach_add_.List([router.num_updates for router in group], list(some.unbind()))
+        _aten._foreach_zero_.default([t for router in group for t in (router.logit_sum, router.logit_count)])

@@ -102,11 +102,13 @@ def start_and_signal(words, number) -> tuple[int, str]:
     return process.returncode, error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_and_the_command_to_go_on(graphlora, train_words, tmp_path, number):
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_and_the_command_to_go_on(
+    graphlora, train_words, tmp_path, number, exit_code
+):
     words = [*train_words, "--output_dir", tmp_path / "out", "--max_steps", 4000, "--eval_steps", 2000]
     code, error = start_and_signal([*words, "--logging_steps", 5], number)
-    assert code == 130, error
+    assert code == exit_code, error
     assert "Traceback" not in error
     line = error.strip().splitlines()[-1]
     found = re.search(r"saved (\S+checkpoint-(\d+))\. Go on with: graphlora (.*)$", line)

@@ -78,7 +78,10 @@ def test_nothing_else_changes_any_state(act):
 
 
 def checkpoint_activations(model, use_reentrant=False):
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    base = model.get_base_model()
+    # Older versions of transformers have only the second name.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
 
 
@@ -142,7 +145,7 @@ def test_centering_moves_once_per_optimizer_step_by_all_its_tokens():
 
 def test_a_failed_forward_leaves_nothing_open():
     model, batch = make_model(), make_batch([6, 3])
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, AttributeError)):
         model(**batch, no_such_argument_of_attention=object(), position_ids="wrong")
     assert not model.base_model.recorder.is_open
     assert model.get_base_model().config.output_router_logits is True

@@ -86,6 +86,8 @@ def test_attention_lora(dtype, tokens, d, width, r):
 
 SHAPES = [
     (1, 8, 2, 8),
+    (12, 8, 2, 8),
+    (24, 8, 2, 8),
     (3, 5, 3, 3),
     (64, 8, 2, 8),
     (64, 9, 8, 7),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from graphlora.errors import GraphLoraError
 from graphlora.training import Recipe, run, train
-from graphlora.training.run import TrainingInterrupted
+from graphlora.training.interrupts import TrainingInterrupted
 from graphlora.training.trainer import AdapterTrainer
 
 WEIGHTS = "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord
 from graphlora.training import Recipe, train
-from graphlora.training.run import TrainingInterrupted
+from graphlora.training.interrupts import TrainingInterrupted
 from graphlora.training.trainer import AdapterTrainer
 
 WEIGHTS = "adapter_model.safetensors"
@@ -69,7 +69,7 @@ def test_a_run_leaves_the_adapter_its_recipe_and_its_record(any_recipe, tiny_mod
     result = train(Recipe.from_dict(any_recipe))
     out = Path(any_recipe["output_dir"])
     assert {path.name for path in out.iterdir()} == {
-        WEIGHTS, "adapter_config.json", "README.md", "config.yaml", "record.json", "checkpoints",
+        WEIGHTS, "adapter_config.json", "README.md", "config.yaml", "record.json", "manifest.json", "checkpoints",
     }  # fmt: skip
     record = RunRecord.read(out / "record.json")
     assert record.kind == "training"
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_chec
 def test_weights_that_are_not_finite_are_not_saved(tiny_recipe, monkeypatch):
     class Spoil(TrainerCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 4:
+            if state.global_step == 5:
                 next(p for p in model.parameters() if p.requires_grad).data.fill_(float("inf"))
 
     original = AdapterTrainer.__init__
@@ -222,7 +222,6 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_recipe, monkeypatch):
     def spoiled(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.add_callback(Spoil())
-        self.watch.note = lambda *_: None
 
     monkeypatch.setattr(AdapterTrainer, "__init__", spoiled)
     with pytest.raises(GraphLoraError, match=r"not finite after step 6.*checkpoint-3"):

@@ -50,8 +50,6 @@ def test_a_cpu_has_no_graphs_but_runs_the_other_modes():
 
 def test_auto_records_what_nothing_keeps_from_it(monkeypatch):
     model = make_base()
-    assert resolve_step_mode(recipe(), model, GPU, 64) == "eager"
-    monkeypatch.setattr(step_mode, "AUTO_RECORDS", True)
     assert resolve_step_mode(recipe(), model, GPU, 64) == "graph"
     assert resolve_step_mode(recipe(loss_kernel="liger"), model, GPU, 64) == "eager"
     monkeypatch.setattr(step_mode, "GRAPH_MAX_WORK", 0)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from graphlora.errors import GraphLoraError
 from graphlora.training import Recipe
 from graphlora.training.adapting import add_adapter
-from graphlora.training.callbacks import LossWatch, routing_summary
+from graphlora.training.callbacks import routing_summary
 from graphlora.training.loading import load_base_model, load_tokenizer
 from graphlora.training.run import make_trainer
 from graphlora.training.run_data import load_data
@@ -81,23 +80,6 @@ def test_grouped_rows_are_of_similar_length():
     ]
     assert sorted(order) == list(range(400))
     assert sum(spread) / len(spread) < 4
-
-
-def test_the_loss_watch_names_the_first_bad_step():
-    watch = LossWatch()
-    watch.note(torch.tensor(1.0), 1)
-    with pytest.raises(GraphLoraError, match="the loss is inf at step 2"):
-        watch.note(torch.tensor(float("inf")), 2)
-    with pytest.raises(GraphLoraError, match="inf at step 2"):
-        watch.note(torch.tensor(float("nan")), 3)
-
-
-def test_the_loss_watch_does_not_wait_for_an_accelerator():
-    """On the meta device, any look at a value would fail."""
-    watch = LossWatch()
-    watch.note(torch.empty((), device="meta"), 1)
-    assert watch.first_bad is not None
-    assert watch.first_bad.device.type == "meta"
 
 
 def test_the_routing_summary_is_bounded_and_means_what_it_says():

@@ -85,19 +85,8 @@ def measure_parts(setting: Setting, adapter: PeftConfig | None) -> Parts:
     layer = layers[0]
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = random_tokens(setting)
-    args, kwargs = _arguments_of(layer, lambda: loss_of(model, ids))
-    hidden = args[0] if args else kwargs["hidden_states"]
     inner = [p for p in layer.parameters() if p.requires_grad]
-
-    def run_layer(watch: Stopwatch | None) -> Tensor:
-        leaf = hidden.detach().requires_grad_()
-        result = layer(leaf, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
-        out = result[0] if isinstance(result, tuple) else result
-        if watch is not None:
-            watch.lap("forward")
-            torch.autograd.grad(out, [leaf, *inner], torch.ones_like(out), allow_unused=True)
-            watch.lap("backward")
-        return out
+    run_layer = _layer_alone(layer, lambda: loss_of(model, ids))
 
     def run_rest(watch: Stopwatch) -> None:
         with bypassed(layers):
@@ -124,6 +113,35 @@ def measure_parts(setting: Setting, adapter: PeftConfig | None) -> Parts:
         rest=rest,
         losses=losses,
         optimizer=_optimizer_time(setting, inner, num_layers),
+        layer_weights=weights,
+        rest_weights=sum(_size(p) for p in model.parameters() if not p.requires_grad) - weights,
+        layer_trained=sum(_size(p) for p in inner),
+        num_trained=sum(p.numel() for p in inner),
+        activations=activations,
+        recomputation=recomputation,
+        rest_peak=memory.peak,
+    )
+
+
+def memory_parts(setting: Setting, adapter: PeftConfig | None) -> Parts:
+    """As `measure_parts`, memory alone: times are zero, and nothing runs more than three times."""
+    model = one_layer_model(setting, adapter)
+    layers = decoder_layers(model)
+    layer = layers[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids = random_tokens(setting)
+    run_layer = _layer_alone(layer, lambda: loss_of(model, ids))
+    activations, recomputation = _layer_memory(setting, run_layer)
+    with measure_memory(setting.device) as memory, bypassed(layers):
+        _backward(loss_of(model, ids), trained)
+    inner = [p for p in layer.parameters() if p.requires_grad]
+    weights = sum(_size(p) for p in layer.parameters() if not p.requires_grad)
+    return Parts(
+        forward=0.0,
+        backward=0.0,
+        rest=0.0,
+        losses=0.0,
+        optimizer=0.0,
         layer_weights=weights,
         rest_weights=sum(_size(p) for p in model.parameters() if not p.requires_grad) - weights,
         layer_trained=sum(_size(p) for p in inner),
@@ -161,6 +179,25 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
     """Loss of a batch; the gradient runs back to the embedding's output, as with an adapter in the first layer."""
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     return model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+
+
+def _layer_alone(layer: nn.Module, run_model: Callable[[], Tensor]) -> Callable[[Stopwatch | None], Tensor]:
+    """Forward of a layer on what the model gives it; with a stopwatch also backward, each timed."""
+    args, kwargs = _arguments_of(layer, run_model)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    inner = [p for p in layer.parameters() if p.requires_grad]
+
+    def run(watch: Stopwatch | None) -> Tensor:
+        leaf = hidden.detach().requires_grad_()
+        result = layer(leaf, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
+        out = result[0] if isinstance(result, tuple) else result
+        if watch is not None:
+            watch.lap("forward")
+            torch.autograd.grad(out, [leaf, *inner], torch.ones_like(out), allow_unused=True)
+            watch.lap("backward")
+        return out
+
+    return run
 
 
 def _backward(loss: Tensor, trained: list[nn.Parameter]) -> None:

@@ -64,27 +64,52 @@ def put_together(setting: Setting, parts: Parts) -> Prediction:
     step = layers * (per_layer + parts.losses) + parts.rest + parts.optimizer
     tokens = setting.batch_size * setting.length
     input_bytes = tokens * int(text.hidden_size) * torch.finfo(setting.dtype).bits // 8
-    kept = input_bytes if setting.gradient_checkpointing else parts.activations
-    weights = layers * parts.layer_weights + parts.rest_weights
-    trained = layers * parts.layer_trained
-    adapters = trained * (1 + _OPTIMIZER_SHARE)
-    # Either the head is at its peak with all activations held, or the last layer goes backward, or at the end all
-    # gradients are there.
-    in_layer = max(0, parts.recomputation - (0 if setting.gradient_checkpointing else kept))
-    peak = max(
-        layers * kept + max(parts.rest_peak, in_layer),
-        kept + in_layer + _GRADIENT_SHARE * trained,
+    memory = peak_bytes(
+        parts, layers=layers, input_bytes=input_bytes, checkpointing=setting.gradient_checkpointing
     )
     return Prediction(
         step=step,
         tokens_per_second=1e3 * tokens / step,
         trained=layers * parts.num_trained,
-        weights=weights,
-        adapters=adapters,
-        activations=layers * kept,
-        peak=weights + adapters + peak,
+        weights=memory.weights,
+        adapters=memory.adapters,
+        activations=memory.activations,
+        peak=memory.peak,
         parts=parts,
     )
+
+
+@dataclass(frozen=True)
+class PeakBytes:
+    """Memory of a training step in bytes; see `Prediction`."""
+
+    weights: int
+    adapters: int
+    activations: int
+    peak: int
+
+
+def peak_bytes(parts: Parts, *, layers: int, input_bytes: int, checkpointing: bool) -> PeakBytes:
+    """Memory of a whole step from that of its parts.
+
+    Args:
+        parts: What was measured.
+        layers: Decoder layers.
+        input_bytes: Input of a layer, which is all that it keeps with gradient checkpointing.
+        checkpointing: Whether layers recompute their activations.
+    """
+    kept = input_bytes if checkpointing else parts.activations
+    weights = layers * parts.layer_weights + parts.rest_weights
+    trained = layers * parts.layer_trained
+    adapters = trained * (1 + _OPTIMIZER_SHARE)
+    # Either the head is at its peak with all activations held, or the last layer goes backward, or at the end all
+    # gradients are there.
+    in_layer = max(0, parts.recomputation - (0 if checkpointing else kept))
+    peak = max(
+        layers * kept + max(parts.rest_peak, in_layer),
+        kept + in_layer + _GRADIENT_SHARE * trained,
+    )
+    return PeakBytes(weights, adapters, layers * kept, weights + adapters + peak)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 import warnings
@@ -26,6 +27,8 @@ COMMANDS = {
     "report": ("report", "tables and figures from the records of a study"),
     "bench": ("bench", "how fast and how big a model will be with an adapter, on this machine"),
     "info": ("info", "what an adapter is: sizes, graph, expert loads, record"),
+    "verify": ("verify", "whether an adapter is what it was when it was made, and says what it said"),
+    "accelerate": ("accelerate", "configs to train on several GPUs with accelerate launch"),
     "import": ("import_adapter", "turn a checkpoint of the paper's authors into an adapter"),
 }
 DESCRIPTION = """Fine-tune language models with LoRA experts that collaborate over a graph (GraphLoRA).
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; those of this process when left out.
 
     Returns:
-        Exit code: 0, 2 for a user's mistake, 130 after Ctrl-C.
+        Exit code: 0, 1 where `verify` finds a difference, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = underscored(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except KeyboardInterrupt as error:
         sys.stderr.write(f"\ngraphlora: {error or 'interrupted'}\n")
-        return 130
+        return getattr(error, "exit_code", 130)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -102,8 +105,7 @@ def _run(words: list[str]) -> int:
         raise explained(error, option_names(parsers[known]) if known else set()) from error
     # Libraries warn about each other's deprecations, which a user of the command line cannot mend.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    _command(parsed.command).run(parsed[parsed.command])
-    return 0
+    return _command(parsed.command).run(parsed[parsed.command]) or 0
 
 
 def _command(name: str) -> ModuleType:
@@ -111,7 +113,9 @@ def _command(name: str) -> ModuleType:
 
 
 def _complain(message: str) -> int:
-    sys.stderr.write(f"graphlora: error: {' '.join(message.split())}\n")
+    rank = os.environ.get("RANK", "0")
+    who = "graphlora" if rank == "0" else f"graphlora (process {rank})"
+    sys.stderr.write(f"{who}: error: {' '.join(message.split())}\n")
     return 2
 
 

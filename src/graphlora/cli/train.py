@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from dataclasses import MISSING, fields
 from typing import Any
 
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
 from graphlora.cli.parsing import make_parser
+from graphlora.errors import Interrupted
+from graphlora.training.interrupts import Interrupts
 from graphlora.training.recipe import GROUPS, Recipe, option_types, read_yaml
 
 DESCRIPTION = """\
 Fine-tune a model with GraphLoRA (or plain LoRA, to compare). A run is a recipe: options given here, on
 top of those in a YAML file with the same names (--config). The output directory gets the adapter, the
-recipe in full (config.yaml), the record (record.json) and the checkpoints. Ctrl-C saves a checkpoint."""
+recipe in full (config.yaml), the record (record.json) and the checkpoints. Ctrl-C or SIGTERM finishes the step,
+saves a checkpoint, says how to go on, and exits with 130 or 143; a second one stops at once.
+Several GPUs: `accelerate launch` or `torchrun`, with the configs that `graphlora accelerate` lists."""
 EXAMPLE = """
 graphlora train --model HuggingFaceTB/SmolLM2-135M-Instruct --task arc_easy --output_dir runs/arc
 graphlora train --config runs/arc/config.yaml --learning_rate 1e-4 --output_dir runs/arc-slower
 graphlora train --config runs/arc/config.yaml --resume
 graphlora train --model MODEL --task my_rows.jsonl --output_dir runs/mine --method lora --r 16
+accelerate launch --config_file "$(graphlora accelerate ddp)" -m graphlora train --config RECIPE.yaml
 """
 
 
@@ -43,11 +48,18 @@ def build_parser() -> ArgumentParser:
 def run(arguments: Namespace) -> None:
     """Train and say where the result is."""
     recipe = make_recipe(arguments)
-    from graphlora.training.measuring import memory_text
-    from graphlora.training.run import train
-
+    # Loading the libraries takes seconds, in which a signal is to end in a line too.
+    with Interrupts() as interrupts:
+        try:
+            from graphlora.training.measuring import memory_text
+            from graphlora.training.processes import is_first
+            from graphlora.training.run import train
+        except KeyboardInterrupt as error:
+            raise Interrupted("stopped before training began", interrupts.number or 2) from error
+    if not is_first():
+        warnings.simplefilter("ignore")  # the first process gives the same ones
     result = train(recipe, resume=arguments.resume, overwrite=arguments.overwrite)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     shown = {key: value for key, value in result.metrics.items() if key.startswith("eval_")}
     values = ", ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in shown.items())

@@ -39,7 +39,7 @@ class Forward:
             )
         parameters = inspect.signature(inner.forward).parameters
         self.model = model
-        self.device: torch.device = inner.get_input_embeddings().weight.device
+        self.device = _device_of_inputs(inner.get_input_embeddings().weight)
         self.window: int | None = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
         self.last_position = (self.window or 1 << 31) - 1
         self.keeps_logits = "logits_to_keep" in parameters
@@ -159,6 +159,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _device_of_inputs(embeddings: Tensor) -> torch.device:
+    """Where the model computes; sharded embeddings may wait elsewhere (offloaded), but know their mesh."""
+    mesh = getattr(embeddings, "device_mesh", None)
+    return embeddings.device if mesh is None else torch.device(mesh.device_type)
 
 
 def _first(values: Tensor, batch: Sequence[Unit]) -> Tensor:

@@ -11,9 +11,6 @@ from graphlora.errors import GraphLoraError
 
 Backend = Literal["auto", "eager", "torch", "triton"]
 BACKENDS: tuple[str, ...] = ("auto", "eager", "torch", "triton")
-# The kernels are checked in Triton's interpreter and compiled for sm_90, but were not run on a GPU yet: until the
-# benchmarks' gate has passed on one, "auto" leaves them to those who ask for them by name.
-_AUTO_TAKES_KERNELS = False
 
 
 def resolve_backend(backend: str, device_type: str = "cpu", unsupported: str | None = None) -> str:
@@ -21,7 +18,7 @@ def resolve_backend(backend: str, device_type: str = "cpu", unsupported: str | N
 
     `"eager"` loops over the experts and reads like the paper; `"torch"` shares the frozen projections between the
     experts and recomputes what is cheap; `"triton"` does the same in fused kernels; `"auto"` takes
-    `"torch"` as long as the kernels were not run on a GPU.
+    `"triton"` on the GPUs that it was measured on (Hopper) where it can, else `"torch"`.
 
     Args:
         backend: the configured name.
@@ -37,7 +34,7 @@ def resolve_backend(backend: str, device_type: str = "cpu", unsupported: str | N
         raise GraphLoraError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}.")
     if backend in {"eager", "torch"}:
         return backend
-    if backend == "auto" and (device_type != "cuda" or not _AUTO_TAKES_KERNELS):
+    if backend == "auto" and not _is_measured_gpu(device_type):
         return "torch"
     problem = _triton_problem(device_type)
     if problem is None and unsupported is not None:
@@ -49,6 +46,15 @@ def resolve_backend(backend: str, device_type: str = "cpu", unsupported: str | N
     if backend == "triton":
         raise GraphLoraError(f"backend='triton': {problem}; use backend='auto' (the fused PyTorch path).")
     return "torch"
+
+
+def _is_measured_gpu(device_type: str) -> bool:
+    """Whether tile sizes and shared memory were tried on such a GPU: compute capability 9."""
+    import torch
+
+    if device_type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 def _triton_problem(device_type: str) -> str | None:

@@ -132,10 +132,10 @@ def target_figure(points: Sequence[TargetPoint]) -> Any:
     """
     if not points:
         raise GraphLoraError("there are no targets to draw; measure some first")
-    figure, (axes,) = _figure(1, 1, (11.5, 1.4 + 0.42 * len(points)))
+    figure, (axes,) = _figure(1, 1, (14, 1.4 + 0.42 * len(points)))
     axes.axvline(1.0, color=VERMILION, linewidth=1.5)
     right = max([1.3, *(_share(p.measured, p.must) for p in points if p.measured is not None)])
-    right = min(right, 2.0) + 0.05
+    right = min(right, 2.0) + 0.12
     for row, point in enumerate(points):
         axes.plot([_share(point.goal, point.must)] * 2, [row - 0.3, row + 0.3], color=GREEN, linewidth=3)
         if point.measured is None:
@@ -156,7 +156,9 @@ def target_figure(points: Sequence[TargetPoint]) -> Any:
     axes.set_yticks(range(len(points)), [p.label for p in points], fontsize=FONT - 1)
     axes.invert_yaxis()
     axes.set_xlim(0, right)
-    axes.set_xlabel("measured / must (red line: must; green bar: goal; X: missed)", fontsize=FONT)
+    axes.set_xlabel(
+        "measured / must (red line: must; green bar: goal; X: missed)", fontsize=FONT, loc="right"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -127,6 +127,8 @@ class KeptWorkbench(Workbench):
     def data(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         """Rows and items, encoded once for all runs that take the same."""
         key = (recipe.model, str(recipe.task), recipe.data_dir, _choice_seed(recipe), *_encoding(recipe))
+        if recipe.streaming:
+            key += (recipe.seed, recipe.shuffle_buffer_size, recipe.max_steps > 0)
         if key not in self._data:
             self._data[key] = super().data(recipe, tokenizer)
         return self._data[key]

@@ -58,7 +58,7 @@ def _select(spec: str, split: str) -> list[Row]:
     else:
         train = parts.get("train", [])
         held_out = _held_out(train)
-        rows = [row for row in train if (_digest(row) in held_out) == (split == "validation")]
+        rows = [row for row in train if (digest(row) in held_out) == (split == "validation")]
     if not rows:
         found = ", ".join(f"{name} ({len(part)} rows)" for name, part in parts.items() if part)
         raise GraphLoraError(
@@ -111,11 +111,12 @@ def _by_column(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _held_out(rows: list[Row]) -> set[str]:
-    digests = sorted({_digest(row) for row in rows})
+    digests = sorted({digest(row) for row in rows})
     return set(digests[: math.ceil(VALIDATION_SHARE * len(digests))])
 
 
-def _digest(row: Row) -> str:
+def digest(row: Row) -> str:
+    """Hash of a row's content, without its `id` and `split`."""
     values = {name: value for name, value in row.values.items() if name not in ("id", "split")}
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -134,7 +134,7 @@ def _unpacked(path: Path) -> bytes:
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _row(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+            yield json_row(line, f"{path}:{number}")
 
 
 def _json(path: Path, text: str) -> Iterator[Row]:
@@ -145,6 +145,15 @@ def _json(path: Path, text: str) -> Iterator[Row]:
         raise GraphLoraError(f"{path} holds a JSON {type(records).__name__}; expected a list of objects")
     for number, record in enumerate(records, start=1):
         yield _row(record, f"{path}: record {number}")
+
+
+def json_row(text: str, where: str) -> Row:
+    """Row of one line of JSON.
+
+    Raises:
+        GraphLoraError: Broken JSON, or no object; names the place.
+    """
+    return _row(_parse(text, where), where)
 
 
 def _parse(text: str, where: str) -> Any:

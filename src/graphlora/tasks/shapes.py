@@ -25,21 +25,38 @@ def read_shape(rows: list[Row]) -> list[Example] | list[TextExample]:
     Raises:
         GraphLoraError: No known shape, or a row that does not fit it; names the columns found, file and line.
     """
-    reader = _reader(rows[0])
-    examples: list[Any] = []
-    for position, row in enumerate(rows):
-        name = row.values.get("id")
-        try:
-            examples.append(reader(row.values, str(position if name is None else name)))
-        except KeyError as error:
-            found = ", ".join(map(str, row.values))
-            raise GraphLoraError(f"{row.where}: no column {error}; found {found}; {EXPECTED}") from error
-        except GraphLoraError as error:
-            raise GraphLoraError(f"{row.where}: {error}") from error
+    reader = find_shape(rows[0])
+    examples: list[Any] = [read_row(reader, row, str(position)) for position, row in enumerate(rows)]
     return examples
 
 
-def _reader(row: Row) -> Reader:
+def read_row(reader: Reader, row: Row, name: str) -> Example | TextExample:
+    """Example of one row, by the shape that `find_shape` recognized.
+
+    Args:
+        reader: The shape.
+        row: The row.
+        name: Identifier where the row has no `id`.
+
+    Raises:
+        GraphLoraError: The row does not fit; names file and line.
+    """
+    given = row.values.get("id")
+    try:
+        return reader(row.values, name if given is None else str(given))
+    except KeyError as error:
+        found = ", ".join(map(str, row.values))
+        raise GraphLoraError(f"{row.where}: no column {error}; found {found}; {EXPECTED}") from error
+    except GraphLoraError as error:
+        raise GraphLoraError(f"{row.where}: {error}") from error
+
+
+def find_shape(row: Row) -> Reader:
+    """The shape of a data set, by the columns of its first row.
+
+    Raises:
+        GraphLoraError: No known shape; names the columns found, file and line.
+    """
     columns = set(row.values)
     if {"question"} <= columns and columns & set(ANSWER_COLUMNS) and _has_choices(columns):
         return multiple_choice

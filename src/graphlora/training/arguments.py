@@ -33,6 +33,7 @@ SAME_NAME = (
     "run_name",
 )
 REFUSED = {
+    "full_determinism": "use --deterministic, which costs less",
     "label_smoothing_factor": "it would replace the model's loss and drop the router's losses",
     "push_to_hub": "push the finished adapter with PeftModel.push_to_hub",
     "resume_from_checkpoint": "use --resume",
@@ -41,6 +42,9 @@ REFUSED = {
     "remove_unused_columns": "rows have no unused columns",
     "save_strategy": "it follows eval_strategy",
     "save_only_model": "a run could not be resumed",
+    "fsdp": "launch with accelerate and its config instead, see docs/distributed.md",
+    "fsdp_config": "launch with accelerate and its config instead, see docs/distributed.md",
+    "deepspeed": "shard the base with FSDP2 instead, see docs/distributed.md",
     "torch_compile": "use --step_mode compile",
     "use_liger_kernel": "use --loss_kernel liger",
 }

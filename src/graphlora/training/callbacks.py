@@ -1,20 +1,15 @@
-"""What is watched while training: expert loads, the loss, signals, and the lines on the terminal."""
+"""What is watched while training: expert loads, signals, and the lines on the terminal."""
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from graphlora.errors import GraphLoraError
+from graphlora.training.interrupts import Interrupts
 
 ROUTING = ("expert_load_max", "entropy", "dead_experts", "poisson_rate", "normal_scale")
 MAX_LAYERS = 3
@@ -49,69 +44,49 @@ def routing_summary(model: Any, max_layers: int = MAX_LAYERS) -> dict[str, float
     return summary
 
 
-class LossWatch:
-    """Remembers the first step whose loss was not finite, without making the host wait for the device."""
+class StreamEpochs(TrainerCallback):
+    """Tells the epoch of a stream, whose loader has no end."""
 
-    def __init__(self) -> None:
-        self.first_bad: Tensor | None = None
-        self.bad_loss: Tensor | None = None
+    def __init__(self, epochs: Callable[[], float]) -> None:
+        """Ask for passes over the data with `epochs`."""
+        self._epochs = epochs
 
-    def note(self, loss: Tensor, step: int) -> None:
-        """Take in a micro-batch's loss; on a CPU, where looking is free, check at once.
-
-        Raises:
-            GraphLoraError: See `check`.
-        """
-        if self.first_bad is None or self.bad_loss is None:
-            self.first_bad = torch.zeros((), dtype=torch.long, device=loss.device)
-            self.bad_loss = torch.zeros((), device=loss.device)
-        new = ~torch.isfinite(loss) & (self.first_bad == 0)
-        self.first_bad = torch.where(new, step, self.first_bad)
-        self.bad_loss = torch.where(new, loss.float(), self.bad_loss)
-        if loss.device.type == "cpu":
-            self.check()
-
-    def check(self) -> None:
-        """Raise `GraphLoraError` with the step where the loss was not finite."""
-        if self.first_bad is None or self.bad_loss is None or not int(self.first_bad):
-            return
-        raise GraphLoraError(f"the loss is {float(self.bad_loss)} at step {int(self.first_bad)}")
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch before it is logged."""
+        state.epoch = self._epochs()
 
 
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint and end training; a second one ends at once.
+    """On Ctrl-C or SIGTERM, saves a checkpoint after the step and ends training.
 
     Attributes:
-        received: Name of the signal that came, or `None`.
+        stopping: Whether a signal has ended training, of this process or of another one.
     """
 
-    def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:
+    def __init__(self, interrupts: Interrupts, agree: Callable[[bool], bool] | None = None) -> None:
         """Start without a signal.
 
         Args:
+            interrupts: The signals of this process.
             agree: With several processes, whether any of them got a signal; called at logging steps.
         """
-        self.received: str | None = None
+        self.stopping = False
+        self._interrupts = interrupts
         self._agree = agree
-        self._old: dict[int, Any] = {}
-
-    def install(self) -> None:
-        """Take over SIGINT and SIGTERM; only the main thread can, elsewhere nothing changes."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._on_signal)
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old = {}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask for a checkpoint and the end of training."""
-        if self._stopping(state):
+        received = self._interrupts.number is not None
+        if self._agree is not None:
+            if state.global_step % max(1, int(state.logging_steps)) != 0:
+                return
+            received = self._agree(received)
+        if received:
+            self.stopping = True
             control.should_save = True
             control.should_training_stop = True
 
@@ -120,25 +95,9 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         """Do not validate because an epoch "ended" in its middle: the resumed run would not."""
         between = state.epoch is not None and abs(state.epoch - round(state.epoch)) > 1e-6
-        if self.received is not None and control.should_training_stop and between:
+        if self.stopping and control.should_training_stop and between:
             control.should_evaluate = False
             control.should_save = False
-
-    def _stopping(self, state: TrainerState) -> bool:
-        if self._agree is None:
-            return self.received is not None
-        if state.global_step % max(1, int(state.logging_steps)) != 0:
-            return False
-        if self._agree(self.received is not None):
-            self.received = self.received or "a signal to another process"
-        return self.received is not None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            self.restore()
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-        sys.stderr.write("\nstopping after this step with a checkpoint; press Ctrl-C again to stop at once\n")
 
 
 class Progress(ProgressCallback):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -14,13 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from graphlora.errors import GraphLoraError
+from graphlora.records import flush, write_text
 from graphlora.training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from graphlora.training.manifest import MANIFEST_FILE, sha256
 
 CHECKPOINTS = "checkpoints"
 STAGING = ".incomplete"
 RECIPE_FILE = "config.yaml"
 RECORD_FILE = "record.json"
 STATE_FILE = "trainer_state.json"
+SEAL_FILE = "checksums.json"
+DAMAGED = "damaged-"
 TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 FULL_MESSAGES = (
@@ -55,8 +59,9 @@ def prepare_output(output_dir: str | Path, *, resume: bool, overwrite: bool) -> 
         raise GraphLoraError(
             f"cannot write to output_dir {output}: {error.strerror}; choose another"
         ) from error
-    shutil.rmtree(output / CHECKPOINTS / STAGING, ignore_errors=True)
+    _clear_leftovers(output)
     if resume:
+        _set_aside_damaged(output)
         return last_checkpoint(output)
     if holds_run(output) and not overwrite:
         raise GraphLoraError(
@@ -78,15 +83,64 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether training can go on from the checkpoint: nothing missing, nothing cut short."""
+    """Whether training can go on from the checkpoint: nothing missing, nothing cut short, nothing changed."""
+    return damage(checkpoint) is None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; `None` for a whole one.
+
+    Every file must be what was written, by size and SHA-256. Checkpoints of releases that wrote no checksums are whole
+    where their files can be read.
+    """
+    try:
+        sealed = json.loads((checkpoint / SEAL_FILE).read_text(encoding="utf-8"))["files"]
+        for name, (size, digest) in sealed.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} of {size} bytes"
+            if sha256(path) != digest:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return _damage_without_seal(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{SEAL_FILE} cannot be read ({error})"
+    return None if STATE_FILE in sealed else f"{SEAL_FILE} does not list {STATE_FILE}"
+
+
+def seal(checkpoint: Path) -> None:
+    """Write down the size and SHA-256 of every file of a finished checkpoint."""
+    files = {
+        path.relative_to(checkpoint).as_posix(): [path.stat().st_size, sha256(path)]
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    write_text(checkpoint / SEAL_FILE, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def _damage_without_seal(checkpoint: Path) -> str | None:
     try:
         json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         read_adapter(checkpoint)
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
     randomness = list(checkpoint.glob("rng_state*.pth"))
-    files = [*(checkpoint / name for name in TORCH_FILES), *randomness]
-    return bool(randomness) and all(path.is_file() and zipfile.is_zipfile(path) for path in files)
+    for path in (*(checkpoint / name for name in TORCH_FILES), *randomness):
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            return f"{path.name} is missing or cut short"
+    return None if randomness else "rng_state.pth is missing"
+
+
+def go_on_command(output: Path) -> str:
+    """The command that resumes a run."""
+    return f"graphlora train --config {output / RECIPE_FILE} --resume"
+
+
+def checkpoint_processes(checkpoint: Path) -> int:
+    """Number of processes that wrote a checkpoint: each one leaves its random state."""
+    return max(1, len(list(checkpoint.glob("rng_state*.pth"))))
 
 
 def refused_pickle(checkpoint: Path | None, error: Exception) -> GraphLoraError:
@@ -131,24 +185,50 @@ def writing(place: Path, kept: str) -> Iterator[None]:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Put a finished directory in its place by renaming; a reader never sees half of it."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    old = target.with_name(f".{target.name}.old")
+    """Put a finished directory in its place by renaming; a reader never sees half of it, also after a crash."""
+    for path in (*source.rglob("*"), source):
+        flush(path)
+    old = _replaced(target)
     if target.exists():
         target.rename(old)
     source.rename(target)
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _replaced(target: Path) -> Path:
+    """Where a directory waits while another one takes its place."""
+    return target.with_name(f".{target.name}.old")
+
+
+def _clear_leftovers(output: Path) -> None:
+    """Remove what a killed process left half done."""
+    for staging in (output / STAGING, output / CHECKPOINTS / STAGING):
+        shutil.rmtree(staging, ignore_errors=True)
+    for name in (RECIPE_FILE, RECORD_FILE):
+        for path in output.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+    for old in (output / CHECKPOINTS).glob(".checkpoint-*.old"):
+        target = old.with_name(old.name[1:].removesuffix(".old"))
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+
+
+def _set_aside_damaged(output: Path) -> None:
+    """Rename what is newer than the newest whole checkpoint, and say so.
+
+    A damaged checkpoint that kept its name would be the newest, and so be kept in place of a whole one.
+    """
+    for path in _checkpoints(output):
+        reason = damage(path)
+        if reason is None:
+            return
+        aside = path.with_name(DAMAGED + path.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        sys.stderr.write(f"{path} is damaged ({reason}); it is passed over and kept as {aside.name}\n")
 
 
 def _checkpoints(output: Path) -> list[Path]:
@@ -164,7 +244,7 @@ def _checkpoints(output: Path) -> list[Path]:
 def remove_run(output: Path) -> None:
     """Delete what a run wrote; other files stay."""
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    for name in (RECIPE_FILE, CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"):
+    for name in (RECIPE_FILE, CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, MANIFEST_FILE, "README.md"):
         (output / name).unlink(missing_ok=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -47,12 +47,14 @@ class Encoded:
         num_cut: Rows that were cut.
         num_dropped: Rows that were left out.
         longest: Longest sequence before cutting, in tokens.
+        names: Per row, the name of its example.
     """
 
     rows: list[Row]
     num_cut: int = 0
     num_dropped: int = 0
     longest: int = 0
+    names: list[str] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -107,12 +109,14 @@ def encode_all(
         encoded.longest = max(encoded.longest, length)
         if how.max_length is None or length <= how.max_length:
             encoded.rows.append(row)
+            encoded.names.append(example.id)
         elif how.truncation == "refuse":
             refused.append(f"row {example.id!r} has {length} tokens")
         elif how.truncation == "drop":
             encoded.num_dropped += 1
         else:
             encoded.rows.append(_cut(row, example.id, how.max_length, how.truncation))
+            encoded.names.append(example.id)
             encoded.num_cut += 1
     if refused:
         others = f" and {len(refused) - 1} other row(s) too" if len(refused) > 1 else ""

@@ -11,10 +11,18 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.adapter_files import WEIGHT_PREFIX, AdapterFiles, is_adapter, read_adapter
+from graphlora.training.processes import wants_sharding
 from graphlora.tuner.register import register
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,6 +90,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """Config of a model, without its weights.
+
+    Raises:
+        GraphLoraError: The model is not found.
+    """
+    return _from_hub(name, lambda: AutoConfig.from_pretrained(**_source(name)))
 
 
 def load_base_model(
@@ -214,12 +231,13 @@ def _four_bits(name: str, dtype: torch.dtype, is_gguf: bool) -> transformers.Bit
         )
     if is_gguf:
         raise GraphLoraError(f"load_in_4bit cannot quantize {name}, a .gguf file; give the original model")
+    # FSDP shards floats only: there, the packed bytes are kept as values of the dtype of the base.
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=torch.uint8,
+        bnb_4bit_quant_storage=dtype if wants_sharding() else torch.uint8,
     )
 
 

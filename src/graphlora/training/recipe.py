@@ -43,7 +43,8 @@ class Recipe:
     model: str = option("model", "base model: a directory, a hub id, or a directory with one .gguf file")
     task: str | dict[str, float] = option(
         "data",
-        "task name, data file (.jsonl, .json, .csv, .parquet), hub:owner/name, or a mixture "
+        "task name, data file (.jsonl, .json, .csv, .parquet), hub:owner/name (streaming: also a folder of "
+        "files or a pattern such as 'data/*.jsonl'), or a mixture "
         '\'{"arc_easy": 2, "boolq": 1}\' with weights',
     )
     output_dir: str = option("output", "directory for the adapter, its record and the checkpoints")
@@ -112,6 +113,15 @@ class Recipe:
         "refuse",
     )
     packing: bool = option("data", "join the rows of a batch in one sequence instead of padding", False)
+    streaming: bool | None = option(
+        "data",
+        "read and tokenize rows while training, in memory that does not grow with the data; left out: for local "
+        "data above 1 GB",
+        None,
+    )
+    shuffle_buffer_size: int = option(
+        "data", "streaming: rows that are shuffled together; 1 keeps the order of the files", 10_000
+    )
     train_limit: int | None = option("data", "train on this many rows, chosen by the seed", None)
     limit_seed: int | None = option(
         "data", "seed that chooses the rows of train_limit and eval_limit; left out: seed", None
@@ -151,7 +161,16 @@ class Recipe:
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = option(
         "training", "order of the rows; shuffled anew each epoch from the seed", "random"
     )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "training", "a step whose loss or gradient is not finite: stop the run, or leave the step out", "stop"
+    )
+    max_skipped_steps: int = option("training", "steps that on_nonfinite skip may leave out", 10)
     seed: int = option("training", "seed of weights, data order and dropout", 0)
+    deterministic: bool = option(
+        "training",
+        "the same seed gives the same bits on a GPU too; operations without such a form are refused",
+        False,
+    )
     training_args: dict[str, Any] = option(
         "training", "any other field of transformers.TrainingArguments", factory=dict
     )
@@ -276,8 +295,10 @@ POSITIVE = (
     "loraplus_lr_ratio",
     "early_stopping_patience",
     "max_length",
+    "max_skipped_steps",
     "train_limit",
     "eval_limit",
+    "shuffle_buffer_size",
     "r",
     "num_experts",
     "top_k",
@@ -302,7 +323,27 @@ def _check_ranges(recipe: Recipe) -> None:
         raise GraphLoraError(f"task is {recipe.task}; give each task of a mixture a weight above 0")
 
 
+def _check_streaming(recipe: Recipe) -> None:
+    """Options that need all rows at once."""
+    refused = {
+        "train_limit": (recipe.train_limit, None, "use max_steps"),
+        "eval_strategy": (recipe.eval_strategy == "epoch" and "epoch", False, "use steps"),
+        "train_sampling_strategy": (
+            recipe.train_sampling_strategy == "group_by_length" and "group_by_length",
+            False,
+            "use random, or packing",
+        ),
+    }
+    for name, (value, allowed, remedy) in refused.items():
+        if value != allowed:
+            raise GraphLoraError(
+                f"{name} is {value}, which needs all rows at once; {remedy}, or set streaming to false"
+            )
+
+
 def _check_combinations(recipe: Recipe) -> None:
+    if recipe.streaming:
+        _check_streaming(recipe)
     if recipe.step_mode == "graph" and recipe.loss_kernel == "liger":
         raise GraphLoraError(
             "step_mode graph cannot record the loss_kernel liger, which counts labels on the host; choose one"

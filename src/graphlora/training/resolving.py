@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from graphlora.errors import GraphLoraError
+from graphlora.tasks.stream_sources import is_pattern
 from graphlora.training.loading import resolve_path
 from graphlora.training.recipe import Recipe
+from graphlora.training.run_data import wants_streaming
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -36,9 +38,13 @@ def completed(recipe: Recipe, config: Any, dtype: torch.dtype) -> Recipe:
     if length is not None and window is not None and length > window:
         raise GraphLoraError(f"max_length is {length} and the model's window is {window} tokens; lower it")
     return recipe.changed(
-        max_length=length if length is not None else window, dtype=str(dtype).removeprefix("torch.")
+        max_length=length if length is not None else window,
+        dtype=str(dtype).removeprefix("torch."),
+        streaming=wants_streaming(recipe),
     )
 
 
 def _located_task(task: str) -> str:
+    if is_pattern(task):
+        return str(Path(task).expanduser().absolute())
     return resolve_path(task) if "." in Path(task).name or "/" in task else task

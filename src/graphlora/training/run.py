@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,38 +18,51 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
-from graphlora.records import RunRecord, data_hash, write_text
+from graphlora.records import RunRecord, data_hash, flush, write_text
 from graphlora.training.adapting import add_adapter
 from graphlora.training.arguments import needed_bytes, training_arguments
 from graphlora.training.bucketing import Bucketed, bucket_positions
-from graphlora.training.callbacks import Progress, StopOnSignal
+from graphlora.training.callbacks import Progress, StopOnSignal, StreamEpochs
 from graphlora.training.captured import MAX_GRAPHS
 from graphlora.training.checkpoints import (
     RECIPE_FILE,
     RECORD_FILE,
     STAGING,
     check_space,
+    checkpoint_processes,
+    go_on_command,
     last_checkpoint,
     prepare_output,
     refused_pickle,
     remove_run,
     writing,
 )
-from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
+from graphlora.training.data import (
+    AnswerLogits,
+    Encoded,
+    packing_collator,
+    padding_collator,
+    takes_answer_logits,
+)
+from graphlora.training.determinism import deterministic_algorithms
+from graphlora.training.interrupts import Interrupts, TrainingInterrupted
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
-from graphlora.training.measuring import explained_memory, peak_memory, peak_reserved, start_measuring
+from graphlora.training.manifest import MANIFEST_FILE
+from graphlora.training.measuring import peak_memory, peak_reserved, start_measuring
+from graphlora.training.nonfinite import NonFiniteError
+from graphlora.training.out_of_memory import Facts, explained_memory
+from graphlora.training.processes import check_sharded, is_first, num_processes, start_processes
 from graphlora.training.recipe import Recipe
+from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
 from graphlora.training.run_data import RunData, default_metric
 from graphlora.training.step_mode import StepMode, allow_shapes, resolve_step_mode
+from graphlora.training.stream_setup import stream_loader
+from graphlora.training.streaming import BadRow, TokenStream
 from graphlora.training.trainer import AdapterTrainer
 from graphlora.training.workbench import Workbench
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Training ended on Ctrl-C or SIGTERM; the message says where it can go on and with which command."""
 
 
 @dataclass
@@ -94,21 +107,37 @@ def train(
     if resume and overwrite:
         raise GraphLoraError("--resume and --overwrite are both given; choose one")
     recipe = located(recipe)
-    with explained_memory(recipe):
-        return _train(recipe, resume, overwrite, workbench or Workbench())
+    workbench = workbench or Workbench()
+    interrupts = Interrupts()
+    if workbench.takes_signals:
+        interrupts.install()
+    try:
+        with explained_memory(recipe) as facts, deterministic_algorithms(recipe.deterministic):
+            return _train(recipe, resume, overwrite, workbench, interrupts, facts)
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt as error:
+        raise _interrupted(Path(recipe.output_dir), interrupts.number) from error
+    finally:
+        interrupts.restore()
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) -> TrainResult:
+def _train(
+    recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench, interrupts: Interrupts, facts: Facts
+) -> TrainResult:
     started = time.perf_counter()
     output = Path(recipe.output_dir)
     checkpoint = _start(recipe, output, resume, overwrite)
+    start_processes(recipe)
     device = pick_device("cpu" if recipe.training_args.get("use_cpu") else "auto")
     start_measuring(device)
     dtype = pick_dtype(recipe.dtype, device)
     tokenizer = workbench.tokenizer(recipe)
     base = workbench.base_model(recipe, dtype, device)
     recipe = completed(recipe, base.config, dtype)
+    facts.recipe, facts.config, facts.device, facts.dtype = recipe, base.config, device, dtype
     data = workbench.data(recipe, tokenizer)
+    facts.rows = getattr(data.train, "rows", None)
     mode = resolve_step_mode(recipe, base, device, data.train.longest)
     liger = liger_options(recipe, base.config.model_type, device, mode)
     recipe = recipe.changed(
@@ -118,7 +147,8 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
     model = add_adapter(base, recipe)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_space(output, needed_bytes(recipe, num_trained))
-    trainer = make_trainer(recipe, model, tokenizer, data, dtype, mode, liger)
+    trainer = make_trainer(recipe, model, tokenizer, data, dtype, mode, liger, checkpoint)
+    check_sharded(trainer.is_fsdp_enabled, device)
     for callback in workbench.callbacks(trainer):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
@@ -128,22 +158,27 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, workbench: Workbench) 
         if not workbench.quiet:
             _tell(recipe, data, num_trained, checkpoint, resume)
     how = {"step_mode": mode, "loss_kernel": "none" if liger is None else "liger"}
-    metrics = _run(trainer, recipe, checkpoint, workbench.takes_signals) | {"num_trained": num_trained} | how
+    metrics = _run(trainer, recipe, checkpoint, interrupts) | {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
     if trainer.is_world_process_zero():
+        (output / MANIFEST_FILE).unlink(missing_ok=True)
         save(model, output)
         record.write(output / RECORD_FILE)
+        seal(trainer, model, tokenizer, output)
     return TrainResult(output, metrics, record, model, tokenizer, trainer.state.log_history)
 
 
 def _start(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Path | None:
     """Make the output directory ready; the checkpoint to go on from."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         checkpoint = prepare_output(output, resume=resume, overwrite=overwrite)
     else:
         checkpoint = last_checkpoint(output) if resume else None
     if resume and (output / RECIPE_FILE).is_file():
-        check_same_run(Recipe.from_yaml(output / RECIPE_FILE), recipe)
+        before = None if checkpoint is None else checkpoint_processes(checkpoint)
+        check_same_run(
+            Recipe.from_yaml(output / RECIPE_FILE), recipe, (before or num_processes(), num_processes())
+        )
     return checkpoint
 
 
@@ -151,21 +186,27 @@ def _record(
     recipe: Recipe, data: RunData, metrics: dict[str, Any], device: torch.device, wall_time: float
 ) -> RunRecord:
     memory = peak_memory(device)
+    train_rows, num_rows = _rows_of(data, metrics)
     form = {"prompt_format": data.prompt_format, "prompt_template": data.prompt_template}
     return RunRecord.create(
         "training",
         asdict(recipe),
-        metrics
-        | form
-        | {"peak_memory": memory, "peak_reserved": peak_reserved(device), "rows": len(data.train.rows)},
+        metrics | form | {"peak_memory": memory, "peak_reserved": peak_reserved(device), "rows": num_rows},
         model=recipe.model,
         seed=recipe.seed,
         device=torch.cuda.get_device_name() if device.type == "cuda" else str(device),
         dtype=recipe.dtype,
         wall_time=wall_time,
         peak_memory=memory,
-        data_hash=data_hash([*data.train.rows, *(data.validation.rows if data.validation else [])]),
+        data_hash=data_hash([*train_rows, *(data.validation.rows if data.validation else [])]),
     )
+
+
+def _rows_of(data: RunData, metrics: dict[str, Any]) -> tuple[list[Any], int]:
+    """What identifies the training rows, and their number: of a stream those that the run took."""
+    if isinstance(data.train, TokenStream):
+        return [data.train.fingerprint], metrics["rows_taken"]
+    return data.train.rows, len(data.train.rows)
 
 
 def make_trainer(
@@ -176,6 +217,7 @@ def make_trainer(
     dtype: torch.dtype,
     mode: StepMode = "eager",
     liger: dict[str, bool] | None = None,
+    checkpoint: Path | None = None,
 ) -> AdapterTrainer:
     """The trainer of a run, with its callbacks.
 
@@ -187,6 +229,7 @@ def make_trainer(
         dtype: Dtype of the frozen base.
         mode: How steps run (`resolve_step_mode`).
         liger: Kernels of Liger to use (`liger_options`).
+        checkpoint: Where the run goes on from.
 
     Raises:
         GraphLoraError: Arguments that transformers refuses, or a tracker that is not installed.
@@ -194,19 +237,27 @@ def make_trainer(
     arguments = training_arguments(recipe, dtype, compiles=mode == "compile", liger=liger)
     if mode == "compile":
         allow_shapes(MAX_GRAPHS)
+    collate = collator(recipe, model, tokenizer, bucketed=mode != "eager")
+    stream = None
+    if isinstance(data.train, TokenStream):
+        stream = stream_loader(data.train, recipe, arguments, collate, checkpoint)
     try:
         trainer = AdapterTrainer(
             model=model,
             args=arguments,
-            train_dataset=data.train.rows,
+            train_dataset=None if isinstance(data.train, TokenStream) else data.train.rows,
+            stream=stream,
             eval_dataset=data.validation.rows if data.validation else None,
-            data_collator=collator(recipe, model, tokenizer, bucketed=mode != "eager"),
+            data_collator=collate,
             tokenizer=tokenizer,
             validation=data.items,
             scoring=recipe.scoring,
             loraplus_lr_ratio=recipe.loraplus_lr_ratio,
             keep_checkpoints=recipe.save_total_limit,
             truncate=recipe.truncation != "refuse",
+            skips_nonfinite=recipe.on_nonfinite == "skip",
+            max_skipped_steps=recipe.max_skipped_steps,
+            row_names=getattr(data.train, "names", ()),
             records_steps="no"
             if mode != "graph"
             else "yes"
@@ -220,6 +271,8 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Progress())
+    if stream is not None:
+        trainer.add_callback(StreamEpochs(lambda: stream.epochs))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(
             EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold)
@@ -247,44 +300,50 @@ def save(model: PeftModel, output: Path) -> None:
         GraphLoraError: The disk is full or cannot be written.
     """
     staging = output / STAGING
-    with writing(output, "the checkpoints are kept"):
+    kept = f"the checkpoints are kept; once that is mended, go on with: {go_on_command(output)}"
+    with writing(output, kept):
         try:
             model.save_pretrained(str(staging))
-            for path in sorted(staging.iterdir()):
+            files = sorted(staging.iterdir())
+            for path in files:
+                flush(path)
+            for path in files:
                 path.replace(output / path.name)
+            flush(output)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def go_on_command(output: Path) -> str:
-    """The command that resumes a run."""
-    return f"graphlora train --config {output / RECIPE_FILE} --resume"
+def seal(trainer: AdapterTrainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Write the manifest that `graphlora verify` reads; the model computes its output as it will when it is used."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    wrapped = {name: value for name, value in vars(model).items() if name in ("forward", "_original_forward")}
+    try:
+        # Takes the training's autocast off the model's forward.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        make_manifest(output, model, tokenizer, sharded=sharded).write(output)
+    finally:
+        vars(model).update(wrapped)
 
 
 def _run(
-    trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None, takes_signals: bool
+    trainer: AdapterTrainer, recipe: Recipe, checkpoint: Path | None, interrupts: Interrupts
 ) -> dict[str, Any]:
     """Train; the metrics of the run."""
     several = trainer.accelerator.num_processes > 1
-    stop = StopOnSignal(_any_process(trainer) if several else None)
+    stop = StopOnSignal(interrupts, _any_process(trainer) if several else None)
     trainer.add_callback(stop)
     trainer.last_saved = checkpoint
-    output = Path(recipe.output_dir)
-    if takes_signals:
-        stop.install()
+    interrupts.finishes_step = True
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        trainer.watch.check()
-    except GraphLoraError as error:
+        trainer.settle()
+    except (NonFiniteError, BadRow) as error:
         raise _explained(error, recipe, trainer.last_saved) from error
     except pickle.UnpicklingError as error:
         raise refused_pickle(checkpoint, error) from error
-    except KeyboardInterrupt as error:
-        raise TrainingInterrupted(_where_to_go_on(output)) from error
-    finally:
-        stop.restore()
-    if stop.received is not None:
-        raise TrainingInterrupted(_where_to_go_on(output))
+    if stop.stopping:
+        raise _interrupted(Path(recipe.output_dir), interrupts.number)
     return _metrics(
         trainer, result, first_step=0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     )
@@ -306,28 +365,36 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
         "kept_step": step,
         "train_loss": result.training_loss,
         **{k: v for k, v in kept.items() if k.startswith("eval_") and not k.endswith(speed)},
+        **({} if trainer.stream is None else {"rows_taken": trainer.stream.place.row}),
         "step_time": seconds / steps,
         "tokens_per_second": tokens / seconds,
         "train_seconds": seconds,
     }
 
 
-def _explained(error: GraphLoraError, recipe: Recipe, last: Path | None) -> GraphLoraError:
-    if "not finite" not in str(error) and "the loss is" not in str(error):
-        return error
+def _explained(
+    error: NonFiniteError | BadRow, recipe: Recipe, last: Path | None
+) -> NonFiniteError | GraphLoraError:
+    if isinstance(error, BadRow):
+        if last is None:
+            return error
+        command = go_on_command(Path(recipe.output_dir))
+        return GraphLoraError(f"{error}; mend the row and go on from {last} with: {command}")
     where = f"the last good checkpoint is {last}" if last is not None else "no checkpoint had been saved yet"
-    return GraphLoraError(
+    return NonFiniteError(
         f"{error}: training stopped; {where}. Lower learning_rate (now {recipe.learning_rate}), use a longer "
-        f"warm-up, or float32; go on with: {go_on_command(Path(recipe.output_dir))} --learning_rate "
+        f"warm-up, float32, or on_nonfinite skip; go on with: {go_on_command(Path(recipe.output_dir))} --learning_rate "
         f"{recipe.learning_rate / 4:g}"
     )
 
 
-def _where_to_go_on(output: Path) -> str:
+def _interrupted(output: Path, number: int | None) -> TrainingInterrupted:
+    """What a run that got a signal says; `None` where another process got it."""
     last = last_checkpoint(output)
+    number = number or signal.SIGTERM
     if last is None:
-        return "stopped before the first checkpoint; nothing was saved"
-    return f"stopped; saved {last}. Go on with: {go_on_command(output)}"
+        return TrainingInterrupted("stopped before the first checkpoint; nothing was saved", number)
+    return TrainingInterrupted(f"stopped; saved {last}. Go on with: {go_on_command(output)}", number)
 
 
 def _any_process(trainer: AdapterTrainer) -> Any:
@@ -339,15 +406,21 @@ def _any_process(trainer: AdapterTrainer) -> Any:
     return agree
 
 
+def _described(train: Encoded | TokenStream, recipe: Recipe) -> str:
+    if isinstance(train, TokenStream):
+        count = train.examples.epoch_rows
+        return f"{'rows' if count is None else f'{count:,} rows'} of {recipe.task}, read while training"
+    rows, tokens = len(train.rows), train.num_tokens
+    return f"{rows:,} rows of {recipe.task}, {tokens:,} tokens, longest {train.longest}"
+
+
 def _tell(recipe: Recipe, data: RunData, num_trained: int, checkpoint: Path | None, resume: bool) -> None:
     lines = [
         f"{recipe.method} on {recipe.model} ({recipe.dtype}): {num_trained:,} parameters to train",
-        f"{len(data.train.rows):,} rows of {recipe.task}, {data.train.num_tokens:,} tokens, "
-        f"longest {data.train.longest}; output in {recipe.output_dir}",
+        f"{_described(data.train, recipe)}; output in {recipe.output_dir}",
     ]
-    splits = [("training", data.train)] + ([("validation", data.validation)] if data.validation else [])
-    for name, part in splits:
-        if part.num_cut or part.num_dropped:
+    for name, part in (("training", data.train), ("validation", data.validation)):
+        if isinstance(part, Encoded) and (part.num_cut or part.num_dropped):
             lines.append(
                 f"{name}: {part.num_cut} row(s) cut and {part.num_dropped} left out, longer than "
                 f"{recipe.max_length} tokens"

@@ -13,10 +13,6 @@ from graphlora.training.recipe import Recipe
 
 StepMode = Literal["eager", "compile", "graph"]
 
-# Recorded steps equal eager ones where a CPU stands in for the graph, but were not run on a GPU yet: until they were,
-# `auto` leaves them to those who ask for them.
-AUTO_RECORDS = False
-
 # Work of a forward and backward, in parameters times tokens, up to which launches rather than arithmetic take the time.
 GRAPH_MAX_WORK = 4e12
 # A recorded step holds its activations for good, so a large model keeps the eager step's freedom.
@@ -54,12 +50,7 @@ def resolve_step_mode(recipe: Recipe, model: PreTrainedModel, device: torch.devi
         raise GraphLoraError(f"step_mode is graph, but {reason}; set step_mode to auto or eager")
     if recipe.step_mode != "auto":
         return recipe.step_mode
-    if (
-        not AUTO_RECORDS
-        or reason is not None
-        or recipe.loss_kernel == "liger"
-        or getattr(model, "is_quantized", False)
-    ):
+    if reason is not None or recipe.loss_kernel == "liger" or getattr(model, "is_quantized", False):
         return "eager"
     return choose_step_mode(model.num_parameters(), recipe.per_device_train_batch_size * longest, device)
 

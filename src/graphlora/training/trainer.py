@@ -15,18 +15,29 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import rotate_checkpoints
 
-from graphlora.errors import GraphLoraError
 from graphlora.evaluation.encoding import Scoring
 from graphlora.evaluation.multiple_choice import score_examples, summarize
 from graphlora.tasks.example import Example
 from graphlora.training.bucketing import TOKEN_MASK, packed_attention_mask
-from graphlora.training.callbacks import LossWatch, routing_summary
+from graphlora.training.callbacks import routing_summary
 from graphlora.training.captured import CapturedSteps
-from graphlora.training.checkpoints import CHECKPOINTS, STAGING, STATE_FILE, replace_directory, writing
+from graphlora.training.checkpoints import (
+    CHECKPOINTS,
+    STAGING,
+    STATE_FILE,
+    damage,
+    go_on_command,
+    replace_directory,
+    seal,
+    writing,
+)
+from graphlora.training.guarded_trainer import GuardedTrainer
+from graphlora.training.nonfinite import NonFiniteError
+from graphlora.training.streaming import StreamLoader, write_place
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
@@ -62,11 +73,28 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
-class AdapterTrainer(Trainer):
+class EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch.
+
+    accelerate does not reach a sampler behind both a shard and skipped batches, where it is when several processes go
+    on in the middle of an epoch: they would see the rows in the order of the first epoch.
+    """
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Choose the order of the epoch that begins or goes on."""
+        self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class AdapterTrainer(GuardedTrainer):
     """`Trainer` for adapters.
 
-    It validates with the task's accuracy beside the loss, stops at a loss that is not finite, orders rows by
-    seed and epoch, leaves weight decay off lambda and sigma, applies LoRA+, and renames checkpoints into
+    It validates with the task's accuracy beside the loss, stops at or leaves out a step that is not finite, orders
+    rows by seed and epoch, leaves weight decay off lambda and sigma, applies LoRA+, and renames checkpoints into
     place when they are complete.
     """
 
@@ -79,6 +107,7 @@ class AdapterTrainer(Trainer):
         keep_checkpoints: int | None = None,
         truncate: bool = False,
         records_steps: Literal["no", "yes", "if_possible"] = "no",
+        stream: StreamLoader | None = None,
         **kwargs: Any,
     ) -> None:
         """Set up training.
@@ -92,14 +121,15 @@ class AdapterTrainer(Trainer):
             truncate: Cut the beginnings of validation prompts that do not fit the model's window.
             records_steps: Record forward and backward once per input shape and replay them (`CapturedSteps`);
                 `"if_possible"` goes on eagerly where recording fails.
-            kwargs: Arguments of `Trainer`.
+            stream: Batches that are read while training, in place of a loader of `train_dataset`.
+            kwargs: Arguments of `GuardedTrainer` and `Trainer`.
         """
+        self.stream = stream
         self.validation = validation
         self.scoring: Scoring = scoring
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.keep_checkpoints = keep_checkpoints
         self.truncate = truncate
-        self.watch = LossWatch()
         self.seconds_aside = 0.0
         self.tokens_seen: Tensor | int = 0
         self.last_saved: Path | None = None
@@ -107,7 +137,6 @@ class AdapterTrainer(Trainer):
         self._records_steps = records_steps
         self._captured: CapturedSteps | None = None
         self._num_parameters: int | None = None
-        self.tokenizer: Any = kwargs.pop("tokenizer")
         super().__init__(*args, **kwargs)
 
     @property
@@ -118,15 +147,16 @@ class AdapterTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """One micro-batch; on a CPU a loss that is not finite stops before the optimizer's step."""
+        """One micro-batch; the guard takes note of its loss."""
         mask = inputs.get("attention_mask", inputs.get(TOKEN_MASK))
         self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        self.begin_guarded(num_items_in_batch)
+        given = dict(inputs)
         if self._records_steps == "no":
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = self._recorded_step(model, inputs, num_items_in_batch)
-        self.watch.note(loss, self.state.global_step + 1)
-        return loss
+        return self.end_guarded(given, loss)
 
     def _recorded_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """The step of `Trainer` as it is, on inputs that stay at their addresses."""
@@ -154,6 +184,7 @@ class AdapterTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._captured = None
+            self.close_guard()
             vars(self.model_wrapped).pop("zero_grad", None)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -184,7 +215,8 @@ class AdapterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; training entries carry the routing, and the loss is checked here on accelerators."""
         if "loss" in logs:
-            self.watch.check()
+            self.settle()
+            logs.update(self.skipped())
             logs.update(routing_summary(self.accelerator.unwrap_model(self.model)))
         super().log(logs, start_time)
 
@@ -204,18 +236,19 @@ class AdapterTrainer(Trainer):
         for task, examples in self.validation.items():
             model = self.accelerator.unwrap_model(self.model)
             share = examples[rank::ranks]
-            results = (
-                score_examples(
-                    model,
-                    self.tokenizer,
-                    share,
-                    self.scoring,
-                    progress=not self.args.disable_tqdm,
-                    truncate=self.truncate,
+            with self.running_together(model):
+                results = (
+                    score_examples(
+                        model,
+                        self.tokenizer,
+                        share,
+                        self.scoring,
+                        progress=rank == 0 and not self.args.disable_tqdm,
+                        truncate=self.truncate,
+                    )
+                    if share
+                    else []
                 )
-                if share
-                else []
-            )
             summary = summarize(gather_object(results) if ranks > 1 else results)
             found[task] = {name: summary[name] for name in ACCURACIES if summary.get(name) is not None}
         values = {
@@ -257,6 +290,10 @@ class AdapterTrainer(Trainer):
             for (is_b, decays), parameters in sorted(groups.items(), key=lambda entry: entry[0])
         ]
 
+    def get_train_dataloader(self) -> Any:
+        """Loader of the training rows; a stream deals its batches to processes and devices itself."""
+        return super().get_train_dataloader() if self.stream is None else self.stream
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
@@ -264,7 +301,11 @@ class AdapterTrainer(Trainer):
         by_length = self.args.train_sampling_strategy == "group_by_length"
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler([len(row["input_ids"]) for row in rows], seed, group=step if by_length else None)
+        sampler = EpochSampler(
+            [len(row["input_ids"]) for row in rows], seed, group=step if by_length else None
+        )
+        self.add_callback(EpochOrder(sampler))
+        return sampler
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints if self._staging is None else self._staging)
@@ -272,15 +313,14 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint beside the others and rename it into place when it is whole."""
         started = time.perf_counter()
-        self.watch.check()
+        self.settle()
         self._check_weights()
         step = self.state.global_step
         final = self.checkpoints / f"checkpoint-{step}"
-        kept = (
-            f"the last whole checkpoint is {self.last_saved}"
-            if self.last_saved
-            else "no checkpoint was saved yet"
-        )
+        kept = "no checkpoint was saved yet"
+        if self.last_saved is not None:
+            again = go_on_command(self.checkpoints.parent)
+            kept = f"the last whole checkpoint is {self.last_saved}; once that is mended, go on with: {again}"
         self._staging = self.checkpoints / STAGING
         try:
             with writing(final, kept):
@@ -300,17 +340,32 @@ class AdapterTrainer(Trainer):
 
     def _finish_checkpoint(self, staged: Path, final: Path) -> None:
         self.state.save_to_json(str(staged / STATE_FILE))
+        if self.stream is not None:
+            write_place(staged, self.stream)
+        seal(staged)
         replace_directory(staged, final)
         rotate_checkpoints(
             str(self.checkpoints), self.keep_checkpoints, self.state.best_model_checkpoint, use_mtime=False
         )
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint; where it was damaged since, the last step's weights stay and a line says so."""
+        best = self.state.best_model_checkpoint
+        reason = None if best is None else damage(Path(best))
+        if reason is None:
+            return super()._load_best_model()
+        sys.stderr.write(
+            f"the best checkpoint {best} is damaged ({reason}); the last step's weights are kept\n"
+        )
+        self.state.best_global_step = self.state.global_step
+        return None
 
     def _check_weights(self) -> None:
         """Keep weights that are not finite out of checkpoints."""
         trained = [p for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad]
         finite = torch.stack([torch.isfinite(p.detach()).all() for p in trained]).all()
         if not bool(finite):
-            raise GraphLoraError(f"weights are not finite after step {self.state.global_step}")
+            raise NonFiniteError(f"weights are not finite after step {self.state.global_step}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore both; a learning rate or weight decay that the recipe changed since takes effect."""

@@ -60,6 +60,19 @@ def auxiliary_loss(
     if not record.entries or _is_offloaded(record, adapter_name):
         return torch.zeros(())
     device = record.entries[0][1].router_logits.device
+    # Trainers call the model under autocast, where sums written as products would be rounded to half precision.
+    with torch.autocast(device.type, enabled=False):
+        return _weighted_sum(record, masks, adapter_name, config, num_samples, device)
+
+
+def _weighted_sum(
+    record: RoutingRecord,
+    masks: dict[str, Tensor | None],
+    adapter_name: str,
+    config: GraphLoraConfig,
+    num_samples: int,
+    device: torch.device,
+) -> Tensor:
     entries = [(layer, routing, _mask_for(layer, routing, masks)) for layer, routing in record.entries]
     total = torch.zeros((), device=device)
     sums = _fused_sums if _has_kernel(entries, config, device) else _torch_sums

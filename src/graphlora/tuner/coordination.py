@@ -46,7 +46,9 @@ class Coordination(Float32State):
         """lambda, scalar, in [1, 2]; starts at 1.5."""
         if self.poisson_rate_form == "smooth":
             return 1 + torch.sigmoid(self.poisson_rate_bias)
-        return (1.5 + self.poisson_rate_bias).clamp(1.0, 2.0)
+        rate = 1.5 + self.poisson_rate_bias
+        # The released code trains with a gradient at the bounds themselves; PyTorch 2.15 gives `clamp` none there.
+        return torch.where((rate >= 1) & (rate <= 2), rate, rate.detach().clamp(1.0, 2.0))
 
     @property
     def normal_scale(self) -> Tensor:

@@ -184,6 +184,18 @@ class GraphLoraModel(BaseTuner):
         named = ((layer, layer.active_name(layer.graphlora_router)) for layer in self._layers())
         begin_updates(layer.router(name) for layer, name in named if name is not None)
 
+    def running_state(self) -> list[torch.Tensor]:
+        """Tensors that training forwards of the active adapter change by themselves: loads and running means."""
+        found = []
+        for layer in self._layers():
+            name = layer.active_name(layer.graphlora_router)
+            if name is not None:
+                router = layer.router(name)
+                found.append(layer.coordination(name).cumulative_weights)
+                if router.centering:
+                    found += [router.logit_offset, router.logit_sum, router.logit_count, router.num_updates]
+        return found
+
     @torch.compiler.disable
     def _before_forward(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]

@@ -304,7 +304,10 @@ def mix(
     top_k = top_k_index.shape[1]
     slots = triton.next_power_of_2(top_k)
     pairs = _pairs(act, num_experts * r, gate.dtype)
-    token_block = max(min(triton.next_power_of_2(tokens), pairs // slots), 16 // slots, 1)
+    # Triton 3.6 for sm_90 gets the second product wrong where fewer than 64 pairs meet 64 stacked columns in half
+    # precision: they are stored to shared memory in the order of narrower rows.
+    fewest = 16 if gate.dtype == torch.float32 else 64
+    token_block = max(min(triton.next_power_of_2(tokens), pairs // slots), fewest // slots, 1)
     f_blocks = triton.cdiv(f, F_BLOCK)
     mixed = gate.new_empty(gate.shape)
     partial = gate.new_empty(f_blocks, tokens, top_k, r, dtype=torch.float32)

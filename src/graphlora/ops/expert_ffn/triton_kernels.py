@@ -33,7 +33,7 @@ def forward_kernel(
     K: tl.constexpr, N: tl.constexpr, r: tl.constexpr, R: tl.constexpr, KP: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, UNIFORM: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISE: tl.constexpr,
-    DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr,
+    DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`mixed = sum_k w_k h_k` and, per split of f, `partial_low[split, token, slot] = A_down h`.
 
@@ -69,7 +69,7 @@ def forward_kernel(
         count = tl.load(tile_count + tile)
         slots = tl.arange(0, KP)
         total = tl.zeros((KP, BT, R), tl.float32)
-    for block in range(0, blocks):
+    for block in tl.range(0, blocks, num_stages=STAGES):
         c = (split * blocks + block) * BF + column
         columns = None if EVEN else (c < f)[None, :]
         inside = live[:, None] if EVEN else live[:, None] & (c < f)[None, :]
@@ -138,7 +138,7 @@ def token_gradient_kernel(
     K: tl.constexpr, N: tl.constexpr, r: tl.constexpr, R: tl.constexpr, KP: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, UNIFORM: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISE: tl.constexpr,
-    DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr,
+    DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`d_gate`, `d_up`, and per split the row sums behind d_low_gate, d_low_up and d_weights.
 
@@ -183,7 +183,7 @@ def token_gradient_kernel(
         total_gate = tl.zeros((KP, BT, R), tl.float32)
         total_up = tl.zeros((KP, BT, R), tl.float32)
         total_weight = tl.zeros((KP, BT), tl.float32)
-    for block in range(0, blocks):
+    for block in tl.range(0, blocks, num_stages=STAGES):
         c = (split * blocks + block) * BF + column
         columns = None if EVEN else (c < f)[None, :]
         inside = live[:, None] if EVEN else live[:, None] & (c < f)[None, :]
@@ -285,7 +285,7 @@ def weight_gradient_kernel(
     K: tl.constexpr, N: tl.constexpr, r: tl.constexpr, R: tl.constexpr, SLOTS: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISE: tl.constexpr,
-    DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr,
+    DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `gate_B`, `up_B`, `down_A` from one chunk of tokens with the same experts, for BF columns of f.
 
@@ -311,7 +311,7 @@ def weight_gradient_kernel(
         sums_gate = sums_gate + (tl.zeros((BF, R), tl.float32),)
         sums_up = sums_up + (tl.zeros((BF, R), tl.float32),)
         sums_down = sums_down + (tl.zeros((BF, R), tl.float32),)
-    for first in range(start, end, BT):
+    for first in tl.range(start, end, BT, num_stages=STAGES):
         position = first + tl.arange(0, BT)
         live = position < end
         t = tl.load(row_order + tl.minimum(position, end - 1))

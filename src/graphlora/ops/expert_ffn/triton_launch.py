@@ -26,6 +26,7 @@ class Tiles(NamedTuple):
         splits: programs that share the columns of f (token-major kernels).
         warps: warps per program.
         stages: depth of software pipelining.
+        registers: most registers per thread, so that more programs fit; None leaves it to the compiler.
     """
 
     tokens: int
@@ -33,6 +34,12 @@ class Tiles(NamedTuple):
     splits: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What Triton compiles with."""
+        options = {"num_warps": self.warps, "STAGES": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 class TilePlan(NamedTuple):
@@ -45,18 +52,14 @@ class TilePlan(NamedTuple):
 
 
 def tile_plan(tokens: int, f: int, r: int, dtype: torch.dtype) -> TilePlan:
-    """Tile sizes that compile for sm_90 without spilling registers at r <= 32 and the fewest instructions per element.
+    """Tile sizes: measured best on an H200 in bfloat16 at r <= 16 (`python -m benchmarks.tune_expert_ffn`).
 
-    Not tuned on a GPU yet: `python -m benchmarks.tune_expert_ffn` does that.
+    Larger ranks and float32 take sizes that compile for sm_90 with few spilled registers.
     """
-    wide = r > 16 or dtype == torch.float32
-    chunk = max(256, triton.next_power_of_2(tokens) // 16)
-    return TilePlan(
-        forward=Tiles(64, 32 if wide else 64, 16, 4, 3),
-        token_gradient=Tiles(64, 32, 16, 4, 3),
-        weight_gradient=Tiles(32, 64, 1, 4, 2),
-        chunk=chunk,
-    )
+    chunk = max(256, triton.next_power_of_2(tokens) // 8)
+    if r > 16 or dtype == torch.float32:
+        return TilePlan(Tiles(64, 32, 16, 4, 3), Tiles(64, 32, 16, 4, 3), Tiles(32, 64, 1, 4, 2), chunk)
+    return TilePlan(Tiles(64, 64, 16, 4, 3), Tiles(64, 32, 16, 4, 4), Tiles(32, 32, 1, 2, 4, 168), chunk)
 
 
 _library.define(
@@ -107,7 +110,7 @@ def _token_major(sizes: _Sizes, tiles: Tiles) -> tuple[dict[str, Any], int, int]
     constants = sizes.constants | {
         "KP": triton.next_power_of_2(sizes.top_k), "BT": sizes.tiles.forward.tokens, "BF": tiles.columns,
         "UNIFORM": sizes.plan.uniform, "EVEN": sizes.f % (tiles.columns * blocks) == 0,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
+        **tiles.options(),
     }  # fmt: skip
     return constants, triton.cdiv(columns, blocks), blocks
 
@@ -208,7 +211,7 @@ def _weight_gradients(
         *inputs, *tables, seed, order, sorted_weights, start, end, experts, partial,
         sizes.f, *(t.stride(0) for t in inputs), scaling,
         **sizes.constants, SLOTS=slots, BT=tiles.tokens, BF=tiles.columns, EVEN=sizes.f % tiles.columns == 0,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        **tiles.options(),
     )  # fmt: skip
     triton_reduce.reduce_weight_kernel[(triton.cdiv(sizes.f, 64), sizes.num_experts)](
         partial, start, end, experts, *d_tables, sizes.f, shape.chunks,

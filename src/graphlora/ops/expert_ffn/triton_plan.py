@@ -208,9 +208,9 @@ def _sort_kernel(
         for i in tl.static_range(K):
             # The largest expert first: the largest e with C(e, K - i) <= rank.
             binomials = _binomial(n, K - i)
-            e = tl.sum(((binomials <= rank) & (n < N)).to(tl.int32), 0) - 1
-            rank -= tl.sum(tl.where(n == e, binomials, 0), 0)
-            tl.store(experts_ptr + piece * N + (K - 1 - i), e)
+            largest = tl.sum(((binomials <= rank) & (n < N)).to(tl.int32), 0) - 1
+            rank -= tl.sum(tl.where(n == largest, binomials, 0), 0)
+            tl.store(experts_ptr + piece * N + (K - 1 - i), largest)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -48,10 +48,10 @@ def reduce_low_kernel(
         tl.store(out_1 + out, (factor * sum_1).to(out_1.dtype.element_ty), mask=inside)
         if tl.program_id(1) == 0:
             for k in tl.static_range(K):
-                choice = tl.load(ids + t * K + k, mask=live, other=-1)
+                mine = tl.load(ids + t * K + k, mask=live, other=-1)
                 place_of = tl.zeros((BT,), tl.int32)
                 for j in tl.static_range(K):
-                    place_of += (tl.load(ids + t * K + j, mask=live, other=-1) < choice).to(tl.int32)
+                    place_of += (tl.load(ids + t * K + j, mask=live, other=-1) < mine).to(tl.int32)
                 total = tl.zeros((BT,), tl.float32)
                 for split in range(0, splits):
                     total += tl.load(partial_weight + (split * T + t) * K + place_of, mask=live, other=0.0)

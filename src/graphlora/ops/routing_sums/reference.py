@@ -52,9 +52,8 @@ def routing_sums_torch(
     """
     flags = probs.new_ones(probs.shape[1]) if mask is None else mask.to(probs.dtype)
     counted = probs.gather(2, index) * index.shape[2] if count_probs else weights
-    load = torch.zeros_like(log_target).scatter_add(
-        1, index.flatten(1), (counted * flags[:, None]).flatten(1)
-    )
+    # Added up per token first: sums that race for N places would differ in their last bits from run to run on a GPU.
+    load = torch.zeros_like(probs).scatter_add(2, index, counted * flags[:, None]).sum(dim=1)
     ordered = probs.sort(dim=-1, descending=True).values
     observed = (ordered + eps).log() if absolute else ordered.clamp_min(eps).log()
     distance = log_target[:, None] - observed
