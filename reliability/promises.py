@@ -27,7 +27,9 @@ FILES, REPEAT, RELEASE = "Untrusted files", "Reproducibility", "Compatibility an
 
 PROMISES = (
     Promise(SCALE, "two_processes", "Two processes (DDP and FSDP2) follow the same loss curve as one."),
-    Promise(SCALE, "resume_other_processes", "A run resumes on another number of processes.", "two_processes"),
+    Promise(
+        SCALE, "resume_other_processes", "A run resumes on another number of processes.", "two_processes"
+    ),
     Promise(SCALE, "loading_memory", "No process holds the whole base beside its part of it."),
     Promise(SCALE, "two_gpus", "Two GPUs follow the loss curve of one."),
     Promise(SCALE, "streaming", "Data of any size are read in bounded memory."),

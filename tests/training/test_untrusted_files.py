@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from graphlora.errors import GraphLoraError
+from graphlora.tasks.row_files import rows_from
 from graphlora.tasks.rows import MAX_LINE_BYTES, read_rows
 from graphlora.training.loading import load_base_model, load_tokenizer
 from graphlora.training.recipe import Recipe
@@ -69,8 +70,9 @@ def test_a_model_with_code_of_its_own_is_refused_without_asking(model_with_code,
 def test_a_line_of_compressed_data_is_bounded(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * (MAX_LINE_BYTES + 2**20), 1))
-    with pytest.raises(GraphLoraError, match=r"has a line of more than 16,777,216 bytes"):
-        read_rows(path)
+    for read in (read_rows, lambda path: list(rows_from(path))):
+        with pytest.raises(GraphLoraError, match=r"has a line of more than 16,777,216 bytes"):
+            read(path)
 
 
 def test_compressed_data_may_not_unpack_without_end(tmp_path, monkeypatch):

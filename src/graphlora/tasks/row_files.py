@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from graphlora.errors import GraphLoraError
-from graphlora.tasks.rows import Row, json_row
+from graphlora.tasks.rows import MAX_LINE_BYTES, Row, json_row
 
 STREAMED = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 FIRST_LINE = 1
@@ -71,10 +71,18 @@ def _text(raw: bytes, where: str) -> str:
         raise GraphLoraError(f"{where} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
 
 
+def _raw_lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+    """Lines one by one; one without end, as a few compressed bytes can hold, does not fill the memory."""
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        if len(raw) > MAX_LINE_BYTES:
+            raise GraphLoraError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; split it")
+        yield raw
+
+
 def _jsonl(path: Path, file: IO[bytes], offset: int, line: int) -> Iterator[Found]:
     _enter(path, file, offset)
     offset = file.tell()
-    for number, raw in enumerate(file, start=line):
+    for number, raw in enumerate(_raw_lines(path, file), start=line):
         offset += len(raw)
         where = f"{path}:{number}"
         text = _text(raw, where)
@@ -89,7 +97,7 @@ class _Lines:
         self.path, self.file, self.line, self.offset = path, file, line - 1, file.tell()
 
     def __iter__(self) -> Iterator[str]:
-        for raw in self.file:
+        for raw in _raw_lines(self.path, self.file):
             self.line += 1
             self.offset += len(raw)
             yield _text(raw, f"{self.path}:{self.line}")
