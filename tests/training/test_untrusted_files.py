@@ -12,7 +12,7 @@ import torch
 from graphlora.errors import GraphLoraError
 from graphlora.tasks.row_files import rows_from
 from graphlora.tasks.rows import MAX_LINE_BYTES, read_rows
-from graphlora.training.checkpoints import seal
+from graphlora.training.checkpoints import SEAL_FILE, seal
 from graphlora.training.loading import load_base_model, load_tokenizer
 from graphlora.training.recipe import Recipe
 from graphlora.training.run import train
@@ -41,6 +41,7 @@ def test_a_checkpoint_with_code_is_not_run(name, tiny_recipe, tmp_path):
     assert made.exists(), "the pickle would not do anything"
     made.rmdir()
     # Whoever writes such a file can write its checksum too.
+    (checkpoint / SEAL_FILE).unlink()
     seal(checkpoint)
     with pytest.raises(GraphLoraError, match=r"checkpoint-3 holds more than tensors.*it was not run"):
         train(Recipe.from_dict(options), resume=True)
