@@ -74,6 +74,10 @@ class RememberingTokenizer:
         """Size of the vocabulary."""
         return len(self._tokenizer)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the tokenizer makes of texts."""
+        return self._tokenizer(*args, **kwargs)
+
     def encode(self, text: str, **kwargs: Any) -> list[int]:
         """Token ids of a text."""
         key = (text, *sorted(kwargs.items()))
