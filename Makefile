@@ -19,13 +19,14 @@ TEST_ENV := $(QUIET_ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow model lint format env clean
+.PHONY: help demo test test-slow test-weekly model lint format env clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    fine-tune SmolLM2-135M with GraphLoRA on the embedded quiz and show what was learned"
 	@echo "make test    lint, types, import rules and the tests, offline on CPU"
-	@echo "make test-slow  the tests that take a minute or more each"
+	@echo "make test-slow  the tests that take half a minute or more each"
+	@echo "make test-weekly  further ones, of full disks, lost memory and several processes"
 	@echo "make model   fetch SmolLM2-135M-Instruct only (93 MB; demo does it by itself)"
 	@echo "make lint    ruff, import-linter and pyright only"
 	@echo "make format  rewrite the files as ruff wants them"
@@ -69,10 +70,13 @@ demo: model
 
 test: lint
 	@test -d $(MODEL) || echo "$(MODEL) is absent: tests marked real_model are skipped ('make model' fetches it)"
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow and not weekly' $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow $(PYTEST_ARGS)
+
+test-weekly: $(VENV)/.dev
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m weekly $(PYTEST_ARGS)
 
 # --- their parts -------------------------------------------------------------------------------------------
 

@@ -48,4 +48,4 @@ names = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors
 print("compat:", "python", platform.python_version(), *(f"{name} {version(name)}" for name in names))
 PY
 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= \
-  "$venv/bin/python" -m pytest -q -p no:cacheprovider -m 'not slow and not gpu and not real_model' "${tests[@]}" ${PYTEST_ARGS:-}
+  "$venv/bin/python" -m pytest -q -p no:cacheprovider -m 'not slow and not weekly and not gpu and not real_model' "${tests[@]}" ${PYTEST_ARGS:-}

@@ -7,7 +7,7 @@ IN_CI = ["second_signal", "checkpoint_with_a_flipped_bit"]
 ON_A_DISK = ["full_disk", "read_only_at_start"]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_every_disaster_ends_in_a_message_and_a_usable_checkpoint():
     mounts = can_mount()
     names = IN_CI + (ON_A_DISK if mounts else [])

@@ -6,7 +6,7 @@ import pytest
 from reliability.out_of_memory import make_recipe, train_limited
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_failed_allocation_ends_in_settings_that_help(tmp_path):
     recipe = make_recipe(tmp_path)
     failed = train_limited(recipe)

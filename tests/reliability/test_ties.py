@@ -4,7 +4,7 @@ import pytest
 from reliability.ties import run_ranks
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_two_processes_break_ties_alike(tmp_path):
     found = run_ranks(tmp_path)
     assert [part["wrong"] for part in found] == [[], []]

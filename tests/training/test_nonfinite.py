@@ -181,7 +181,7 @@ def test_a_token_whose_embedding_is_broken_is_found_in_the_data(broken_embedding
         train(Recipe.from_dict(broken_embedding))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_two_processes_leave_the_same_steps_out(broken_embedding, tmp_path):
     """Whichever of them gets the row; the other one's loss is spoiled too, by the loads of both."""
     options = broken_embedding | {"on_nonfinite": "skip", "per_device_train_batch_size": 2}
