@@ -123,6 +123,7 @@ ADAPTERS = {
 TOLERANCE = 0.15
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_predicted_savings_are_those_of_real_runs(kind):
     run = Run(rows=4, length=160, positions=160)
