@@ -225,7 +225,7 @@ def test_backward_in_pieces_changes_nothing(monkeypatch):
     whole = case.run(case.fused)
     monkeypatch.setattr(triton_launch, "_SCRATCH_BYTES", 1)
     for name, value in case.run(case.fused).items():
-        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_repeat_bit_for_bit():
@@ -322,7 +322,7 @@ def test_real_shapes(g, options):
     spread = float(exact["router_logits"].std(dim=0).mean())
     error = float((found["router_logits"] - exact["router_logits"]).square().mean().sqrt())
     print(f"\ng={g} {options}: rms error of the logits / their spread {error / spread:.2e}")  # noqa: T201 - shown by -s
-    assert error < 0.02 * spread
+    assert error < 0.01 * spread
     for name, value in exact.items():
         if name.startswith("grad of"):
             error = float((found[name] - value).float().norm() / value.float().norm())
