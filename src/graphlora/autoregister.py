@@ -58,6 +58,6 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
                     sys.meta_path.remove(self)
                 _register()
 
-            # A method replaced on one object: type checkers refuse it, Python's import machinery looks it up there.
-            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+            # Python's import machinery looks the method up on the object.
+            setattr(spec.loader, "exec_module", load_and_register)  # noqa: B010 - an assignment is an error to type checkers
         return spec

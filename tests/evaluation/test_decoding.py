@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from graphlora.errors import GraphLoraError
 from graphlora.evaluation.decoding import captured_decode_step, decode_step
+from graphlora.ops.backend import has_triton, interprets_triton
 
 
 def expected_logits(model, step, context):
@@ -39,14 +40,13 @@ def test_other_tokens_give_other_logits():
     assert not torch.allclose(step(), first, atol=1e-3)
 
 
+@pytest.mark.skipif(
+    not has_triton() or not interprets_triton(), reason="no Triton, or its interpreter is off beside a GPU"
+)
 def test_the_kernels_take_the_step(monkeypatch):
     """On the CPU in Triton's interpreter."""
-    pytest.importorskip("triton")
     from graphlora import moe_decode
-    from graphlora.ops.backend import interprets_triton
 
-    if not interprets_triton():
-        pytest.skip("Triton's interpreter is off")
     calls = []
     kept = moe_decode.mix
     monkeypatch.setattr(moe_decode, "mix", lambda *args: (calls.append(1), kept(*args))[1])

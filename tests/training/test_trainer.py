@@ -10,9 +10,9 @@ from graphlora.training import Recipe
 from graphlora.training.adapting import add_adapter
 from graphlora.training.callbacks import routing_summary
 from graphlora.training.loading import load_base_model, load_tokenizer
-from graphlora.training.run import make_trainer
 from graphlora.training.run_data import load_data
 from graphlora.training.trainer import EpochSampler
+from graphlora.training.trainer_setup import make_trainer
 
 
 @pytest.fixture

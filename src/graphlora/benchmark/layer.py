@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -82,11 +82,9 @@ def measure_parts(setting: Setting, adapter: PeftConfig | None) -> Parts:
     num_layers = int(setting.config.get_text_config().num_hidden_layers)
     model = one_layer_model(setting, adapter)
     layers = decoder_layers(model)
-    layer = layers[0]
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = random_tokens(setting)
-    inner = [p for p in layer.parameters() if p.requires_grad]
-    run_layer = _layer_alone(layer, lambda: loss_of(model, ids))
+    run_layer = _layer_alone(layers[0], lambda: loss_of(model, ids))
 
     def run_rest(watch: Stopwatch) -> None:
         with bypassed(layers):
@@ -103,38 +101,30 @@ def measure_parts(setting: Setting, adapter: PeftConfig | None) -> Parts:
     rest = timings["rest"]["rest"].median
     losses = max(0.0, timings["whole"]["whole"].median - forward - backward - rest)
     release(setting.device)
-    activations, recomputation = _layer_memory(setting, run_layer)
-    with measure_memory(setting.device) as memory, bypassed(layers):
-        _backward(loss_of(model, ids), trained)
-    weights = sum(_size(p) for p in layer.parameters() if not p.requires_grad)
-    return Parts(
+    inner = [p for p in layers[0].parameters() if p.requires_grad]
+    return replace(
+        _memory_of(setting, model, ids),
         forward=forward,
         backward=backward,
         rest=rest,
         losses=losses,
         optimizer=_optimizer_time(setting, inner, num_layers),
-        layer_weights=weights,
-        rest_weights=sum(_size(p) for p in model.parameters() if not p.requires_grad) - weights,
-        layer_trained=sum(_size(p) for p in inner),
-        num_trained=sum(p.numel() for p in inner),
-        activations=activations,
-        recomputation=recomputation,
-        rest_peak=memory.peak,
     )
 
 
 def memory_parts(setting: Setting, adapter: PeftConfig | None) -> Parts:
     """As `measure_parts`, memory alone: times are zero, and nothing runs more than three times."""
-    model = one_layer_model(setting, adapter)
+    return _memory_of(setting, one_layer_model(setting, adapter), random_tokens(setting))
+
+
+def _memory_of(setting: Setting, model: nn.Module, ids: Tensor) -> Parts:
     layers = decoder_layers(model)
     layer = layers[0]
     trained = [p for p in model.parameters() if p.requires_grad]
-    ids = random_tokens(setting)
-    run_layer = _layer_alone(layer, lambda: loss_of(model, ids))
-    activations, recomputation = _layer_memory(setting, run_layer)
+    inner = [p for p in layer.parameters() if p.requires_grad]
+    activations, recomputation = _layer_memory(setting, _layer_alone(layer, lambda: loss_of(model, ids)))
     with measure_memory(setting.device) as memory, bypassed(layers):
         _backward(loss_of(model, ids), trained)
-    inner = [p for p in layer.parameters() if p.requires_grad]
     weights = sum(_size(p) for p in layer.parameters() if not p.requires_grad)
     return Parts(
         forward=0.0,

@@ -7,23 +7,19 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord, data_hash, flush, write_text
 from graphlora.training.adapting import add_adapter
-from graphlora.training.arguments import needed_bytes, training_arguments
-from graphlora.training.bucketing import Bucketed, bucket_positions
-from graphlora.training.callbacks import Progress, StopOnSignal, StreamEpochs
-from graphlora.training.captured import MAX_GRAPHS
+from graphlora.training.arguments import needed_bytes
+from graphlora.training.callbacks import StopOnSignal
 from graphlora.training.checkpoints import (
     RECIPE_FILE,
     RECORD_FILE,
@@ -38,11 +34,7 @@ from graphlora.training.checkpoints import (
     writing,
 )
 from graphlora.training.data import (
-    AnswerLogits,
     Encoded,
-    packing_collator,
-    padding_collator,
-    takes_answer_logits,
 )
 from graphlora.training.determinism import deterministic_algorithms
 from graphlora.training.interrupts import Interrupts, TrainingInterrupted
@@ -58,10 +50,10 @@ from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
 from graphlora.training.run_data import RunData, default_metric
-from graphlora.training.step_mode import StepMode, allow_shapes, resolve_step_mode
-from graphlora.training.stream_setup import stream_loader
+from graphlora.training.step_mode import resolve_step_mode
 from graphlora.training.streaming import BadRow, TokenStream
 from graphlora.training.trainer import AdapterTrainer
+from graphlora.training.trainer_setup import make_trainer
 from graphlora.training.workbench import Workbench
 
 
@@ -207,90 +199,6 @@ def _rows_of(data: RunData, metrics: dict[str, Any]) -> tuple[list[Any], int]:
     if isinstance(data.train, TokenStream):
         return [data.train.fingerprint], metrics["rows_taken"]
     return data.train.rows, len(data.train.rows)
-
-
-def make_trainer(
-    recipe: Recipe,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: RunData,
-    dtype: torch.dtype,
-    mode: StepMode = "eager",
-    liger: dict[str, bool] | None = None,
-    checkpoint: Path | None = None,
-) -> AdapterTrainer:
-    """The trainer of a run, with its callbacks.
-
-    Args:
-        recipe: The run, completed.
-        model: The adapted model.
-        tokenizer: Its tokenizer.
-        data: Rows and items.
-        dtype: Dtype of the frozen base.
-        mode: How steps run (`resolve_step_mode`).
-        liger: Kernels of Liger to use (`liger_options`).
-        checkpoint: Where the run goes on from.
-
-    Raises:
-        GraphLoraError: Arguments that transformers refuses, or a tracker that is not installed.
-    """
-    arguments = training_arguments(recipe, dtype, compiles=mode == "compile", liger=liger)
-    if mode == "compile":
-        allow_shapes(MAX_GRAPHS)
-    collate = collator(recipe, model, tokenizer, bucketed=mode != "eager")
-    stream = None
-    if isinstance(data.train, TokenStream):
-        stream = stream_loader(data.train, recipe, arguments, collate, checkpoint)
-    try:
-        trainer = AdapterTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=None if isinstance(data.train, TokenStream) else data.train.rows,
-            stream=stream,
-            eval_dataset=data.validation.rows if data.validation else None,
-            data_collator=collate,
-            tokenizer=tokenizer,
-            validation=data.items,
-            scoring=recipe.scoring,
-            loraplus_lr_ratio=recipe.loraplus_lr_ratio,
-            keep_checkpoints=recipe.save_total_limit,
-            truncate=recipe.truncation != "refuse",
-            skips_nonfinite=recipe.on_nonfinite == "skip",
-            max_skipped_steps=recipe.max_skipped_steps,
-            row_names=getattr(data.train, "names", ()),
-            records_steps="no"
-            if mode != "graph"
-            else "yes"
-            if recipe.step_mode == "graph"
-            else "if_possible",
-        )
-    except GraphLoraError:
-        raise
-    except (RuntimeError, ImportError, ValueError) as error:
-        raise GraphLoraError(f"cannot set up training: {' '.join(str(error).split())}") from error
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(Progress())
-    if stream is not None:
-        trainer.add_callback(StreamEpochs(lambda: stream.epochs))
-    if recipe.early_stopping_patience is not None:
-        trainer.add_callback(
-            EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold)
-        )
-    return trainer
-
-
-def collator(
-    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, bucketed: bool
-) -> Callable[[Any], Any]:
-    """What makes batches of rows: padded or packed, of few shapes where wanted, with logits where there are labels."""
-    collate: Callable[[Any], Any] = packing_collator() if recipe.packing else padding_collator(tokenizer)
-    if bucketed:
-        fill: Any = tokenizer.pad_token_id
-        collate = Bucketed(collate, fill, recipe.packing, recipe.max_length)
-    if not takes_answer_logits(model.get_base_model()):
-        return collate
-    return AnswerLogits(collate, bucket_positions if bucketed else None)
 
 
 def save(model: PeftModel, output: Path) -> None:

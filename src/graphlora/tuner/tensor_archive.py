@@ -72,6 +72,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             content = _Reader(archive, path).table()
     except _Damaged as error:
         raise GraphLoraError(f"{path} is damaged ({error}); copy it again.") from error
+    # A hostile pickle can fail in any of these ways within the reader, zipfile or torch; none runs anything.
     except (
         OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError,
         zipfile.BadZipFile, NotImplementedError, zlib.error, struct.error,

@@ -1,0 +1,109 @@
+"""The trainer of a run: its arguments, batches and callbacks, from the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from graphlora.errors import GraphLoraError
+from graphlora.training.arguments import training_arguments
+from graphlora.training.bucketing import Bucketed, bucket_positions
+from graphlora.training.callbacks import Progress, StreamEpochs
+from graphlora.training.captured import MAX_GRAPHS
+from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
+from graphlora.training.recipe import Recipe
+from graphlora.training.run_data import RunData
+from graphlora.training.step_mode import StepMode, allow_shapes
+from graphlora.training.stream_setup import stream_loader
+from graphlora.training.streaming import TokenStream
+from graphlora.training.trainer import AdapterTrainer
+
+
+def make_trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RunData,
+    dtype: torch.dtype,
+    mode: StepMode = "eager",
+    liger: dict[str, bool] | None = None,
+    checkpoint: Path | None = None,
+) -> AdapterTrainer:
+    """The trainer of a run, with its callbacks.
+
+    Args:
+        recipe: The run, completed.
+        model: The adapted model.
+        tokenizer: Its tokenizer.
+        data: Rows and items.
+        dtype: Dtype of the frozen base.
+        mode: How steps run (`resolve_step_mode`).
+        liger: Kernels of Liger to use (`liger_options`).
+        checkpoint: Where the run goes on from.
+
+    Raises:
+        GraphLoraError: Arguments that transformers refuses, or a tracker that is not installed.
+    """
+    arguments = training_arguments(recipe, dtype, compiles=mode == "compile", liger=liger)
+    if mode == "compile":
+        allow_shapes(MAX_GRAPHS)
+    collate = collator(recipe, model, tokenizer, bucketed=mode != "eager")
+    stream = None
+    if isinstance(data.train, TokenStream):
+        stream = stream_loader(data.train, recipe, arguments, collate, checkpoint)
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=None if isinstance(data.train, TokenStream) else data.train.rows,
+            stream=stream,
+            eval_dataset=data.validation.rows if data.validation else None,
+            data_collator=collate,
+            tokenizer=tokenizer,
+            validation=data.items,
+            scoring=recipe.scoring,
+            loraplus_lr_ratio=recipe.loraplus_lr_ratio,
+            keep_checkpoints=recipe.save_total_limit,
+            truncate=recipe.truncation != "refuse",
+            skips_nonfinite=recipe.on_nonfinite == "skip",
+            max_skipped_steps=recipe.max_skipped_steps,
+            row_names=getattr(data.train, "names", ()),
+            records_steps="no"
+            if mode != "graph"
+            else "yes"
+            if recipe.step_mode == "graph"
+            else "if_possible",
+        )
+    except GraphLoraError:
+        raise
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise GraphLoraError(f"cannot set up training: {' '.join(str(error).split())}") from error
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Progress())
+    if stream is not None:
+        trainer.add_callback(StreamEpochs(lambda: stream.epochs))
+    if recipe.early_stopping_patience is not None:
+        trainer.add_callback(
+            EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold)
+        )
+    return trainer
+
+
+def collator(
+    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, bucketed: bool
+) -> Callable[[Any], Any]:
+    """What makes batches of rows: padded or packed, of few shapes where wanted, with logits where there are labels."""
+    collate: Callable[[Any], Any] = packing_collator() if recipe.packing else padding_collator(tokenizer)
+    if bucketed:
+        fill: Any = tokenizer.pad_token_id
+        collate = Bucketed(collate, fill, recipe.packing, recipe.max_length)
+    if not takes_answer_logits(model.get_base_model()):
+        return collate
+    return AnswerLogits(collate, bucket_positions if bucketed else None)
