@@ -18,29 +18,49 @@ from graphlora.ops.graph_route import triton_tokens as tokens_part
 # Layer 2's inputs and gradients exist for this many bytes of tokens at a time, in backward alone.
 _SCRATCH_BYTES = 256 * 2**20
 _COPY_BLOCK, _ROWS, _ROW_BLOCK, _STATIC_COLUMNS = 4096, 4, 1024, 16
+# Rows of a node tile in 16 bits: with more, layer 2's weights are read less often, but registers hold fewer programs.
+_NODE_ROWS = 64
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
 
 class _Tiles(NamedTuple):
-    """Tile sizes of one router shape; the names are those of the kernels' arguments."""
+    """Tile sizes of one router shape; the names are those of the kernels' arguments.
+
+    Attributes:
+        tokens: BT of the kernels over nodes.
+        num_nodes: NP.
+        width: G.
+        columns: BK of layer 2.
+        columns_back: BO, what the backward kernel takes of layer 1 at a time.
+        warps: of the kernels over nodes.
+        stages: how many steps ahead layer 2's weights are read.
+        depth: BK of the kernels over tokens.
+        token_rows: BT of the kernels over tokens.
+        precise: float32 products.
+    """
 
     tokens: int
     num_nodes: int
     width: int
+    columns: int
+    columns_back: int
+    warps: int
+    stages: int
     depth: int
-    node_depth: int
-    node_warps: int
     token_rows: int
     precise: bool
 
     @property
-    def row_constants(self) -> dict[str, int | bool]:
+    def node_constants(self) -> dict[str, int | bool]:
         return {
             "BT": self.tokens,
             "NP": self.num_nodes,
+            "TP": max(16, self.tokens),
             "G": self.width,
-            "BK": self.node_depth,
+            "BK": self.columns,
+            "STAGES": self.stages,
             "PRECISE": self.precise,
+            "num_warps": self.warps,
         }
 
     @property
@@ -48,21 +68,24 @@ class _Tiles(NamedTuple):
         return {"BT": self.token_rows, "G": self.width, "BK": self.depth, "PRECISE": self.precise}
 
 
-def _tiles(
-    tokens: int, num_experts: int, g: int, dtype: torch.dtype, backward_without_self: bool = False
-) -> _Tiles:
-    """A tile has 64 node rows, fewer in float32: measured best on an H200 at g = 256, as is the exception for 32.
-
-    With more rows the next layer's weights are read less often, but registers hold too few programs.
-    """
+def _tiles(tokens: int, num_experts: int, g: int, dtype: torch.dtype, has_self: bool = False) -> _Tiles:
+    """Node tiles have `_NODE_ROWS` rows, fewer in float32."""
     precise = dtype == torch.float32
-    num_nodes, width = triton.next_power_of_2(num_experts), max(16, triton.next_power_of_2(g))
-    depth = min(width, 32 if precise else 64)
-    few = backward_without_self and width > 64
-    rows = max(num_nodes, 32 if precise or few else 64)
-    node_depth = depth if width <= 64 or few else min(depth, 32)
+    num_nodes = triton.next_power_of_2(num_experts)
+    width = max(16 if precise else 64, triton.next_power_of_2(g))
+    rows = max(num_nodes, 32 if precise else _NODE_ROWS)
+    columns = 32 if precise or has_self else 64
     return _Tiles(
-        rows // num_nodes, num_nodes, width, depth, node_depth, 4, 16 if tokens <= 1024 else 64, precise
+        tokens=rows // num_nodes,
+        num_nodes=num_nodes,
+        width=width,
+        columns=min(width, columns),
+        columns_back=min(width, 16 if precise else 64),
+        warps=4 if rows <= 64 else 8,
+        stages=1 if precise else 2,
+        depth=min(width, 32 if precise else 64),
+        token_rows=16 if tokens <= 1024 else 64,
+        precise=precise,
     )
 
 
@@ -147,7 +170,7 @@ def _prepare_fake(
     residual: float, act: str, graph_normalized: bool, square_sums: bool, project: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     num_experts, g = features.shape
-    weights_dtype = conv.dtype if x.dtype == torch.float32 or conv.dtype != torch.float32 else torch.bfloat16
+    weights_dtype = conv.dtype if x.dtype == torch.float32 else torch.float16
     size = (2 * num_experts + 1) * (g + 1) + num_experts * num_experts
     return (
         x.new_empty(size, dtype=torch.float32),
@@ -196,7 +219,7 @@ def finish(
         return outputs
     has_self = self_weight is not None
     own = conv if self_weight is None else self_weight
-    tiles = _tiles(tokens, num_experts, g, torch.float32 if precise else torch.bfloat16)
+    tiles = _tiles(tokens, num_experts, g, torch.float32 if precise else torch.bfloat16, has_self)
     block = min(tiles.width, 64)
     tokens_part.tokens_forward_kernel[(triton.cdiv(tokens, tiles.token_rows), triton.cdiv(g, block), 1 + has_self)](
         z, square_sum, conv, own, vq, tokens, d, eps, z.stride(0), g,
@@ -205,8 +228,7 @@ def finish(
     nodes.nodes_forward_kernel[(triton.cdiv(tokens, tiles.tokens),)](
         static, vq, conv, own, out, out if logit_offset is None else logit_offset, logits, probs, weights, index,
         tokens, num_experts, g, K=top_k, KP=triton.next_power_of_2(top_k), ACT=act, SELF=has_self,
-        RESIDUAL=residual != 0, OFFSET=logit_offset is not None, NORMALIZE=norm_topk_prob,
-        num_warps=tiles.node_warps, num_stages=2, **tiles.row_constants,
+        RESIDUAL=residual != 0, OFFSET=logit_offset is not None, NORMALIZE=norm_topk_prob, **tiles.node_constants,
     )  # fmt: skip
     return outputs
 
@@ -243,7 +265,7 @@ def backward(
     (tokens, d), (num_experts, g) = x.shape, features.shape
     has_self = self_weight is not None
     own_rounded = conv_rounded if self_rounded is None else self_rounded
-    tiles = _tiles(tokens, num_experts, g, x.dtype, backward_without_self=not has_self)
+    tiles = _tiles(tokens, num_experts, g, x.dtype, has_self)
     if tokens == 0:
         return tuple(t.zero_() for t in outputs)
     common = {"ACT": act, "SELF": has_self}
@@ -293,7 +315,7 @@ def _node_gradients(
     num_tiles = triton.cdiv(tokens, tiles.tokens)
     grad_vq = torch.empty_like(vq, dtype=dtype)
     partial = vq.new_empty(num_tiles, rows, g)
-    blocks = triton.cdiv(g, tiles.node_depth)
+    blocks = tiles.width // tiles.columns_back
     edges = vq.new_empty(
         num_tiles * blocks if graph_grad else 0, num_experts * num_experts + 2 * num_experts + 1
     )
@@ -304,18 +326,13 @@ def _node_gradients(
         end = min(first + step, tokens)
         features = vq.new_empty((end - first) * num_experts, width, dtype=dtype)
         grad_rows = vq.new_empty((end - first) * num_experts, g, dtype=dtype)
-        grid = triton.cdiv(end - first, tiles.tokens)
-        nodes.rows_backward_kernel[(grid,)](
+        nodes.nodes_backward_kernel[(triton.cdiv(end - first, tiles.tokens),)](
             static, vq, conv, own, out, probs, index,
             *(probs if t is None else t.contiguous() for t in (grad_logits, grad_probs, grad_weights)),
-            grad_rows, features, partial, first, end, num_experts, g, rows,
-            K=index.shape[1], RESIDUAL=residual != 0, LOGITS=grad_logits is not None, PROBS=grad_probs is not None,
-            WEIGHTS=grad_weights is not None, NORMALIZE=norm_topk_prob,
-            num_warps=tiles.node_warps, num_stages=2, **common, **tiles.row_constants,
-        )  # fmt: skip
-        nodes.nodes_backward_kernel[(grid, blocks)](
-            static, vq, conv, own, grad_rows, grad_vq, partial, edges, first, end, num_experts, g, rows,
-            EDGES=graph_grad, num_warps=tiles.node_warps, num_stages=3, **common, **tiles.row_constants,
+            grad_rows, features, grad_vq, partial, edges, first, end, num_experts, g, rows,
+            BO=tiles.columns_back, OUT_STAGES=tiles.stages, K=index.shape[1], RESIDUAL=residual != 0,
+            LOGITS=grad_logits is not None, PROBS=grad_probs is not None, WEIGHTS=grad_weights is not None,
+            NORMALIZE=norm_topk_prob, EDGES=graph_grad, **common, **tiles.node_constants,
         )  # fmt: skip
         share = product_float32(grad_rows.T, features)
         second_layer = share if second_layer is None else second_layer + share

@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graphlora.ops.graph_route.triton_act import activation, dot, narrowed, rounded, slope
+from graphlora.ops.graph_route.triton_act import (
+    activation,
+    activation_and_slope,
+    bounded,
+    dot,
+    narrowed,
+    rounded,
+    rounded_gradient,
+)
 
 
 @triton.jit
@@ -36,7 +44,7 @@ def tokens_forward_kernel(
         at = j[None, :] * g + k[:, None]
         inside = (j < g)[None, :] & (k < g)[:, None]
         w = tl.load(matrix + at, mask=inside, other=0.0)
-        acc = dot(rounded(activation(y, ACT), PRECISE), rounded(w, PRECISE), acc, PRECISE)
+        acc = dot(bounded(activation(y, ACT, PRECISE), PRECISE), rounded(w, PRECISE), acc, PRECISE)
     width = 2 * g if SELF else g
     at = t.to(tl.int64)[:, None] * width + which * g + j[None, :]
     tl.store(vq + at, acc, mask=(t < T)[:, None] & (j < g)[None, :])
@@ -62,21 +70,20 @@ def tokens_backward_kernel(
         at = t.to(tl.int64)[:, None] * width + j[None, :]
         weight_at = j[:, None] * g + i[None, :]
         inside = (j < g)[:, None] & (i < g)[None, :]
-        grad = tl.load(grad_vq + at, mask=live, other=0.0)
-        acc = dot(grad, rounded(tl.load(conv + weight_at, mask=inside, other=0.0), PRECISE), acc, PRECISE)
+        w = rounded_gradient(tl.load(conv + weight_at, mask=inside, other=0.0), PRECISE)
+        acc = dot(tl.load(grad_vq + at, mask=live, other=0.0), w, acc, PRECISE)
         if SELF:
-            grad = tl.load(grad_vq + at + g, mask=live, other=0.0)
-            acc = dot(
-                grad, rounded(tl.load(self_weight + weight_at, mask=inside, other=0.0), PRECISE), acc, PRECISE
-            )
+            w = rounded_gradient(tl.load(self_weight + weight_at, mask=inside, other=0.0), PRECISE)
+            acc = dot(tl.load(grad_vq + at + g, mask=live, other=0.0), w, acc, PRECISE)
     live = (t < T)[:, None] & (i < g)[None, :]
     at = t.to(tl.int64)[:, None] * g + i[None, :]
     y = tl.load(z + at, mask=live, other=0.0)
     if NORM:
         inverse = _inverse_rms(square_sum, t, T, d, eps)
         y *= inverse[:, None]
-    tl.store(features + at, rounded(activation(y, ACT), PRECISE), mask=live)
-    grad = acc * slope(y, ACT)
+    feature, slope = activation_and_slope(y, ACT, PRECISE)
+    tl.store(features + at, rounded_gradient(feature, PRECISE), mask=live)
+    grad = acc * slope
     if NORM:
         tl.store(pull + t, inverse * inverse * tl.sum(grad * y, axis=1) / d, mask=t < T)
         grad *= inverse[:, None]
