@@ -90,6 +90,15 @@ def bounded(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def limited(x, PRECISE: tl.constexpr):
+    """A term of node features as input of a product: like `rounded`, and finite where x is."""
+    if not PRECISE:
+        x = tl.minimum(x, 60000.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.maximum(x, -60000.0, propagate_nan=tl.PropagateNan.ALL)
+    return rounded(x, PRECISE)
+
+
+@triton.jit
 def rounded_gradient(x, PRECISE: tl.constexpr):
     """A gradient (or what one is multiplied with), which may be of any size: float32, or rounded to bfloat16."""
     return x.to(tl.float32) if PRECISE else narrowed(x.to(tl.float32), tl.bfloat16)

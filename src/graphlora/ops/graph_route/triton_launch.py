@@ -17,9 +17,11 @@ from graphlora.ops.graph_route import triton_tokens as tokens_part
 
 # Layer 2's inputs and gradients exist for this many bytes of tokens at a time, in backward alone.
 _SCRATCH_BYTES = 256 * 2**20
-_COPY_BLOCK, _ROWS, _ROW_BLOCK, _STATIC_COLUMNS = 4096, 4, 1024, 16
+_COPY_BLOCK, _STATIC_COLUMNS, _TOKEN_COLUMNS = 4096, 16, 64
+# Numbers of x that a program reads for its sums of squares, and how many of one token at a time.
+_SQUARES, _LONGEST = 8192, 4096
 # Rows of a node tile in 16 bits: with more, layer 2's weights are read less often, but registers hold fewer programs.
-_NODE_ROWS = 64
+_NODE_ROWS, _NODE_WARPS = 64, 4
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
 
@@ -74,19 +76,26 @@ def _tiles(tokens: int, num_experts: int, g: int, dtype: torch.dtype, has_self: 
     num_nodes = triton.next_power_of_2(num_experts)
     width = max(16 if precise else 64, triton.next_power_of_2(g))
     rows = max(num_nodes, 32 if precise else _NODE_ROWS)
-    columns = 32 if precise or has_self else 64
+    columns = 32 if precise else 64
     return _Tiles(
         tokens=rows // num_nodes,
         num_nodes=num_nodes,
         width=width,
         columns=min(width, columns),
         columns_back=min(width, 16 if precise else 64),
-        warps=4 if rows <= 64 else 8,
+        warps=_NODE_WARPS,
         stages=1 if precise else 2,
         depth=min(width, 32 if precise else 64),
         token_rows=16 if tokens <= 1024 else 64,
         precise=precise,
     )
+
+
+def _input_tiles(tiles: _Tiles) -> tuple[int, int, int, int]:
+    """Of the gradient of x: tokens and columns of a tile, steps read ahead, and how many programs a GPU should get."""
+    if tiles.precise:
+        return 32, 32, 1, 1024
+    return (128, 64, 3, 128) if tiles.width > 64 else (128, 64, 3, 256)
 
 
 def _copied(source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,16 +151,18 @@ def prepare(
     num_experts, g = features.shape
     tokens, d = x.shape
     tiles = _tiles(tokens, num_experts, g, x.dtype)
+    row_block = min(triton.next_power_of_2(d), _LONGEST)
+    rows = _SQUARES // row_block
     blocks = [
         triton.cdiv(g, _STATIC_COLUMNS),
         *(triton.cdiv(t.numel(), _COPY_BLOCK) for t in (proj_rounded, conv_rounded, self_rounded)),
-        triton.cdiv(square_sum.numel(), _ROWS),
+        triton.cdiv(square_sum.numel(), rows),
     ]
     static_part.prepare_kernel[(sum(blocks),)](
         features, conv, conv if self_weight is None else self_weight, graph, static, token_proj, proj_rounded,
         conv_rounded, self_rounded, x, square_sum, residual, tokens, d, num_experts, g,
         blocks[0], token_proj.numel(), blocks[1], conv.numel(), blocks[2], blocks[3],
-        BJ=_STATIC_COLUMNS, BR=_ROWS, BD=_ROW_BLOCK, BLOCK=_COPY_BLOCK, ACT=act, SELF=self_weight is not None,
+        BJ=_STATIC_COLUMNS, BR=rows, BD=row_block, BLOCK=_COPY_BLOCK, ACT=act, SELF=self_weight is not None,
         RESIDUAL=residual != 0, GIVEN=graph_normalized, **_static_tiles(num_experts, tiles.width),
     )  # fmt: skip
     return outputs
@@ -220,7 +231,7 @@ def finish(
     has_self = self_weight is not None
     own = conv if self_weight is None else self_weight
     tiles = _tiles(tokens, num_experts, g, torch.float32 if precise else torch.bfloat16, has_self)
-    block = min(tiles.width, 64)
+    block = min(tiles.width, _TOKEN_COLUMNS)
     tokens_part.tokens_forward_kernel[(triton.cdiv(tokens, tiles.token_rows), triton.cdiv(g, block), 1 + has_self)](
         z, square_sum, conv, own, vq, tokens, d, eps, z.stride(0), g,
         BJ=block, ACT=act, SELF=has_self, NORM=eps >= 0, num_warps=4, **tiles.token_constants,
@@ -275,11 +286,11 @@ def backward(
     )  # fmt: skip
     token_features = torch.empty_like(grad_vq[:, :g], memory_format=torch.contiguous_format)
     grad_z = x.new_empty(tokens, g)
-    pull = torch.empty_like(square_sum)
-    tokens_part.tokens_backward_kernel[(triton.cdiv(tokens, tiles.token_rows),)](
+    columns = min(tiles.width, _TOKEN_COLUMNS)
+    pull = square_sum.new_empty(tiles.width // columns, len(square_sum))
+    tokens_part.tokens_backward_kernel[(triton.cdiv(tokens, tiles.token_rows), tiles.width // columns)](
         z, square_sum, conv_rounded, own_rounded, grad_vq, token_features, grad_z, pull, tokens, d, eps, g,
-        NORM=eps >= 0, num_warps=8 if tiles.width > 64 and tiles.token_rows > 16 else 4, num_stages=2,
-        **common, **tiles.token_constants,
+        BI=columns, NORM=eps >= 0, num_warps=4, num_stages=2, **common, **tiles.token_constants,
     )  # fmt: skip
     first_layer = product_float32(grad_vq.T, token_features)
     blocks = triton.cdiv(g, _STATIC_COLUMNS)
@@ -294,10 +305,12 @@ def backward(
         _graph_gradient(edges, grad_mixing.sum(dim=0), num_experts, residual) if graph_grad else outputs[6]
     )
     if x_grad:
-        block = 64 if tiles.precise else 128
-        tokens_part.input_gradient_kernel[(triton.cdiv(d, block), triton.cdiv(tokens, block))](
-            grad_z, proj, pull, x, grad_x, tokens, d, g, BT=block, BD=block, G=tiles.width, BK=tiles.depth,
-            NORM=eps >= 0, PRECISE=tiles.precise, num_warps=8, num_stages=2,
+        rows, block, stages, programs = _input_tiles(tiles)
+        parts = triton.cdiv(programs, triton.cdiv(tokens, rows))
+        step = triton.cdiv(triton.cdiv(d, parts), block) * block
+        tokens_part.input_gradient_kernel[(triton.cdiv(d, step), triton.cdiv(tokens, rows))](
+            grad_z, proj, pull, x, grad_x, tokens, d, g, step, BT=rows, BD=block, G=tiles.width, PULLS=len(pull),
+            STAGES=stages, NORM=eps >= 0, PRECISE=tiles.precise, num_warps=8,
         )  # fmt: skip
     grad_proj = product_float32(grad_z.T, x)
     return grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph

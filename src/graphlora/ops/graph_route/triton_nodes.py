@@ -17,6 +17,7 @@ from graphlora.ops.graph_route.triton_act import (
     activation_and_slope,
     bounded,
     dot,
+    limited,
     rounded,
     rounded_gradient,
 )
@@ -46,19 +47,23 @@ def _neighbors(mix, node, place, N, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _experts(c, v, alpha, token, node, k, T, N, g, width):
-    """Layer 1 of the expert nodes before its activation, `[R, BK]`."""
-    inside = (k < g)[None, :]
-    from_token = tl.load(
-        v + token.to(tl.int64)[:, None] * width + k[None, :], mask=(token < T)[:, None] & inside, other=0.0
-    )
-    own = tl.load(c + node[:, None] * g + k[None, :], mask=(node < N)[:, None] & inside, other=0.0)
-    return own + alpha[:, None] * from_token
+def _experts(c, to_rows, v, from_v, k, N, g, PP: tl.constexpr, PRECISE: tl.constexpr):
+    """Layer 1 of the expert nodes before its activation, `[R, BK]`: two products, whose result needs no rearranging."""
+    n = tl.arange(0, PP)
+    own = tl.load(c + n[:, None] * g + k[None, :], mask=(n < N)[:, None] & (k < g)[None, :], other=0.0)
+    acc = tl.zeros((to_rows.shape[0], k.shape[0]), tl.float32)
+    return dot(from_v, limited(v, PRECISE), dot(to_rows, limited(own, PRECISE), acc, PRECISE), PRECISE)
+
+
+@triton.jit
+def _one_hot(place, scale, SIZE: tl.constexpr):
+    """`[R, SIZE]`: row r has `scale[r]` in column `place[r]`."""
+    return tl.where(place[:, None] == tl.arange(0, SIZE)[None, :], scale[:, None], 0.0)
 
 
 @triton.jit
 def _tokens(c, vq, alpha, t, live, k, g, SELF: tl.constexpr):
-    """v and layer 1 of the token nodes before its activation, `[TP, BK]`."""
+    """Both v and layer 1 of the token nodes before its activation, `[TP, BK]`."""
     live = live[:, None] & (k < g)[None, :]
     at = t.to(tl.int64)[:, None] * (2 * g if SELF else g) + k[None, :]
     v = tl.load(vq + at, mask=live, other=0.0)
@@ -82,6 +87,7 @@ def _expert_rows(
 ):  # fmt: skip
     """Layer 2 before its activation, `[R, G]`; `KEEP` writes its inputs, `[H_1 summed over neighbors | H_1]`."""
     R: tl.constexpr = BT * NP
+    PP: tl.constexpr = NP if NP > 16 else 16
     token, node, place = _places(tile, BT, NP)
     t, live = _token_nodes(tile, T, BT, TP)
     j = tl.arange(0, G)
@@ -90,15 +96,17 @@ def _expert_rows(
     token_alpha = tl.load(mix + N * N + N + N)
     taken = rounded(_neighbors(mix, node, place, N, False), PRECISE)
     link = tl.load(mix + N * N + node, mask=node < N, other=0.0)
-    from_token = rounded(tl.where(place[:, None] == tl.arange(0, TP)[None, :], link[:, None], 0.0), PRECISE)
+    from_token = rounded(_one_hot(place, link, TP), PRECISE)
+    from_v = rounded(_one_hot(place, alpha, TP), PRECISE)
+    to_rows = rounded(_one_hot(node, tl.where(node < N, 1.0, 0.0), PP), PRECISE)
     width = 2 * g if SELF else g
     at, kept = _scratch_rows(token, first, node, T, N)
     acc = tl.zeros((R, G), tl.float32)
     for start in tl.range(0, G, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
-        experts = _experts(static, vq, alpha, token, node, k, T, N, g, width)
+        v, own = _tokens(static + N * g, vq, token_alpha, t, live, k, g, SELF)
+        experts = _experts(static, to_rows, v, from_v, k, N, g, PP, PRECISE)
         h = bounded(activation(experts, ACT, PRECISE), PRECISE)
-        _, own = _tokens(static + N * g, vq, token_alpha, t, live, k, g, SELF)
         own = bounded(activation(own, ACT, PRECISE), PRECISE)
         spread = dot(from_token, own, tl.zeros((R, BK), tl.float32), PRECISE)
         spread = dot(taken, h, spread, PRECISE)
@@ -173,32 +181,44 @@ def nodes_forward_kernel(
 
 @triton.jit
 def _logit_gradient(
-    probs, index, grad_logits, grad_probs, grad_weights, t, n, T, N,
+    probs, index, grad_logits, grad_probs, grad_weights, token, node, T, N,
     K: tl.constexpr, LOGITS: tl.constexpr, PROBS: tl.constexpr, WEIGHTS: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits `[BT, NP]` from those of logits, probabilities and weights; each may be absent."""
-    at = t[:, None] * N + n[None, :]
-    live = (t < T)[:, None] & (n < N)[None, :]
+    """Gradient of each row's logit `[R]` from those of logits, probabilities and weights; each may be absent.
+
+    Every row reads all of its token: a vector over rows takes any layout, a matrix over nodes would be rearranged
+    after it was spread over the columns of what it is multiplied with.
+    """
+    at = token * N + node
+    live = (token < T) & (node < N)
     prob = tl.load(probs + at, mask=live, other=0.0)
     grad = tl.zeros(prob.shape, tl.float32)
+    mean = tl.zeros(prob.shape, tl.float32)
     if PROBS:
         grad += tl.load(grad_probs + at, mask=live, other=0.0)
+        for m in range(N):
+            other = tl.load(probs + token * N + m, mask=token < T, other=0.0)
+            mean += other * tl.load(grad_probs + token * N + m, mask=token < T, other=0.0)
     if WEIGHTS:
-        selected = tl.zeros(prob.shape, tl.float32)
+        total = tl.zeros(prob.shape, tl.float32)
+        pull = tl.zeros(prob.shape, tl.float32)
+        own = tl.zeros(prob.shape, tl.float32)
         taken = tl.zeros(prob.shape, tl.float32)
         for i in tl.static_range(K):
-            where = tl.load(index + t * K + i, mask=t < T, other=-1)
-            value = tl.load(grad_weights + t * K + i, mask=t < T, other=0.0)
-            here = n[None, :] == where[:, None]
-            taken = tl.where(here, 1.0, taken)
-            selected = tl.where(here, value[:, None], selected)
+            where = tl.load(index + token * K + i, mask=token < T, other=0).to(tl.int32)
+            value = tl.load(grad_weights + token * K + i, mask=token < T, other=0.0)
+            share = tl.load(probs + token * N + where, mask=token < T, other=0.0)
+            total += share
+            pull += share * value
+            own = tl.where(where == node, value, own)
+            taken = tl.where(where == node, 1.0, taken)
         if NORMALIZE:
-            total = tl.sum(prob * taken, axis=1)
-            total = tl.where(total > 0, total, 1.0)[:, None]
-            mean = tl.sum(selected * prob, axis=1)[:, None] / total
-            selected = taken * (selected - mean) / total
-        grad += selected
-    grad = prob * (grad - tl.sum(grad * prob, axis=1)[:, None])
+            total = tl.where(total > 0, total, 1.0)
+            grad += taken * (own - pull / total) / total
+        else:
+            grad += own
+            mean += pull
+    grad = prob * (grad - mean)
     if LOGITS:
         grad += tl.load(grad_logits + at, mask=live, other=0.0)
     return grad
@@ -220,9 +240,8 @@ def nodes_backward_kernel(
     `partial` is `[tiles, rows, g]`: gradients of c (N + 1 rows), of p and of the residual's rows (N). `edges` is
     `[tiles, blocks of BO columns, N N + N + N + 1]`: gradients of mix, link and alpha.
     """
-    R: tl.constexpr = BT * NP
     tile = first // BT + tl.program_id(0)
-    token, node, place = _places(tile, BT, NP)
+    token, node, _ = _places(tile, BT, NP)
     n = tl.arange(0, NP)
     j = tl.arange(0, G)
     acc = _expert_rows(
@@ -230,16 +249,16 @@ def nodes_backward_kernel(
         BT, NP, TP, G, BK, STAGES, ACT, SELF, RESIDUAL, PRECISE, True,
     )  # fmt: skip
     grad = _logit_gradient(
-        probs, index, grad_logits, grad_probs, grad_weights, tile * BT + tl.arange(0, BT), n, T, N,
+        probs, index, grad_logits, grad_probs, grad_weights, token, node, T, N,
         K, LOGITS, PROBS, WEIGHTS, NORMALIZE,
     )  # fmt: skip
-    grad = tl.reshape(grad, (R,))
     own = partial + tile.to(tl.int64) * rows * g
     nodes, slope = activation_and_slope(acc, ACT, PRECISE)
     tl.store(own + (N + 1) * g + j, tl.sum(grad[:, None] * nodes, axis=0), mask=j < g)
     p = tl.load(out + j, mask=j < g, other=0.0).to(tl.float32)
-    slope = slope * p[None, :]
-    d_rows = grad[:, None] * slope
+    # The logit's gradient is a factor of the whole row: it comes after products, so that float16 will do for the rest.
+    slope = rounded(slope * p[None, :], PRECISE)
+    d_rows = grad[:, None] * slope.to(tl.float32)
     if RESIDUAL:
         total = tl.sum(tl.reshape(d_rows, (BT, NP, G)), axis=0)
         inside = (n < N)[:, None] & (j < g)[None, :]
@@ -247,9 +266,8 @@ def nodes_backward_kernel(
     at, live = _scratch_rows(token, first, node, T, N)
     live = live[:, None] & (j < g)[None, :]
     tl.store(grad_rows + at[:, None] * g + j[None, :], rounded_gradient(d_rows, PRECISE), mask=live)
-    # The logit's gradient is a factor of the whole row: it comes after the product, so that float16 will do.
     _first_layer_gradients(
-        rounded(slope, PRECISE), grad, static, vq, conv, self_weight, grad_vq, own, edges, tile, T, N, g,
+        slope, grad, static, vq, conv, self_weight, grad_vq, own, edges, tile, T, N, g,
         BT, NP, TP, G, BO, OUT_STAGES, ACT, SELF, EDGES, PRECISE,
     )  # fmt: skip
 
@@ -263,7 +281,7 @@ def _first_layer_gradients(
     """From `grad * slope`, the gradient `[R, G]` of layer 2 before its activation, back to c, alpha, v and q."""
     R: tl.constexpr = BT * NP
     PP: tl.constexpr = NP if NP > 16 else 16
-    token, node, place = _places(tile, BT, NP)
+    _, node, place = _places(tile, BT, NP)
     t, live = _token_nodes(tile, T, BT, TP)
     j = tl.arange(0, G)
     n = tl.arange(0, PP)
@@ -274,6 +292,8 @@ def _first_layer_gradients(
     given = rounded_gradient(_neighbors(mix, node, place, N, True), PRECISE)
     same_token = tl.arange(0, TP)[:, None] == place[None, :]
     to_token = rounded_gradient(tl.where(same_token, link[None, :], 0.0), PRECISE)
+    from_v = rounded(_one_hot(place, alpha, TP), PRECISE)
+    to_rows = rounded(_one_hot(node, tl.where(node < N, 1.0, 0.0), PP), PRECISE)
     to_v = rounded_gradient(tl.where(same_token, alpha[None, :], 0.0), PRECISE)
     to_c = rounded_gradient(tl.where(n[:, None] == node[None, :], 1.0, 0.0), PRECISE)
     width = 2 * g if SELF else g
@@ -287,10 +307,10 @@ def _first_layer_gradients(
             d_h = grad[:, None] * dot(slope, w, d_h, PRECISE)
         spread = rounded_gradient(d_spread, PRECISE)
         d_h = dot(given, spread, d_h, PRECISE)
-        experts = _experts(static, vq, alpha, token, node, k, T, N, g, width)
+        v, token_row = _tokens(static + N * g, vq, token_alpha, t, live, k, g, SELF)
+        experts = _experts(static, to_rows, v, from_v, k, N, g, PP, PRECISE)
         h, h_slope = activation_and_slope(experts, ACT, PRECISE)
         d_experts = d_h * h_slope
-        v, token_row = _tokens(static + N * g, vq, token_alpha, t, live, k, g, SELF)
         h_token, h_slope = activation_and_slope(token_row, ACT, PRECISE)
         d_token = dot(to_token, spread, tl.zeros((TP, BO), tl.float32), PRECISE) * h_slope
         d_experts16 = rounded_gradient(d_experts, PRECISE)
