@@ -20,8 +20,16 @@ _SCRATCH_BYTES = 256 * 2**20
 _COPY_BLOCK, _STATIC_COLUMNS, _TOKEN_COLUMNS = 4096, 16, 64
 # Numbers of x that a program reads for its sums of squares, and how many of one token at a time.
 _SQUARES, _LONGEST = 8192, 4096
-# Rows of a node tile in 16 bits: with more, layer 2's weights are read less often, but registers hold fewer programs.
-_NODE_ROWS, _NODE_WARPS = 64, 4
+# Tiles of node rows in 16 bits: rows, warps, and how many steps ahead layer 2's weights are read. With more rows the
+# weights are read less often, but fewer programs share a multiprocessor. By `(backward, has a self weight)`.
+_SMALL_TILES = (64, 4, 2)
+_WIDE_TILES = {
+    (False, False): (64, 4, 2),
+    (False, True): (128, 8, 2),
+    (True, False): (64, 4, 2),
+    (True, True): (128, 8, 2),
+}
+_MANY_ROWS = 2**15
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
 
@@ -70,21 +78,29 @@ class _Tiles(NamedTuple):
         return {"BT": self.token_rows, "G": self.width, "BK": self.depth, "PRECISE": self.precise}
 
 
-def _tiles(tokens: int, num_experts: int, g: int, dtype: torch.dtype, has_self: bool = False) -> _Tiles:
-    """Node tiles have `_NODE_ROWS` rows, fewer in float32."""
+def _tiles(
+    tokens: int, num_experts: int, g: int, dtype: torch.dtype,
+    has_self: bool = False, backward: bool = False, edges: bool = False,
+) -> _Tiles:  # fmt: skip
+    """Tile sizes of the kernels over nodes and of those over tokens; `edges`: whether the graph has a gradient."""
     precise = dtype == torch.float32
     num_nodes = triton.next_power_of_2(num_experts)
     width = max(16 if precise else 64, triton.next_power_of_2(g))
-    rows = max(num_nodes, 32 if precise else _NODE_ROWS)
-    columns = 32 if precise else 64
+    if precise:
+        rows, warps, stages = 32, 4, 1
+    elif width <= 64 or tokens * num_nodes < _MANY_ROWS or num_nodes > 16 or edges:
+        # Shared memory holds no more where there are many nodes or a graph to train.
+        rows, warps, stages = _SMALL_TILES
+    else:
+        rows, warps, stages = _WIDE_TILES[backward, has_self]
     return _Tiles(
-        tokens=rows // num_nodes,
+        tokens=max(rows // num_nodes, 1),
         num_nodes=num_nodes,
         width=width,
-        columns=min(width, columns),
+        columns=min(width, 32 if precise else 64),
         columns_back=min(width, 16 if precise else 64),
-        warps=_NODE_WARPS,
-        stages=1 if precise else 2,
+        warps=warps,
+        stages=stages,
         depth=min(width, 32 if precise else 64),
         token_rows=16 if tokens <= 1024 else 64,
         precise=precise,
@@ -214,7 +230,7 @@ def finish(
         eps: added to the mean square; negative for no normalization.
         top_k: K.
         norm_topk_prob: divide the selected probabilities by their sum.
-        precise: products in float32 instead of bfloat16.
+        precise: products in float32 instead of float16.
 
     Returns:
         router_logits and router_probs `[tokens, N]`, top_k_weights and top_k_index `[tokens, K]`, and v (and q)
@@ -263,7 +279,7 @@ def backward(
     z: Tensor, square_sum: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
     residual: float, act: str, eps: float, norm_topk_prob: bool, graph_normalized: bool, graph_grad: bool, x_grad: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, P_x, the expert features, W, S, p and Â; empty where not asked for. Nine launches but for Â.
+    """Gradients of x, P_x, the expert features, W, S, p and Â; empty where not asked for. Eight launches but for Â.
 
     `proj`, `conv_rounded` and `self_rounded` are as the products of the forward pass took them.
     """
@@ -276,7 +292,7 @@ def backward(
     (tokens, d), (num_experts, g) = x.shape, features.shape
     has_self = self_weight is not None
     own_rounded = conv_rounded if self_rounded is None else self_rounded
-    tiles = _tiles(tokens, num_experts, g, x.dtype, has_self)
+    tiles = _tiles(tokens, num_experts, g, x.dtype, has_self, True, graph_grad)
     if tokens == 0:
         return tuple(t.zero_() for t in outputs)
     common = {"ACT": act, "SELF": has_self}
@@ -332,7 +348,8 @@ def _node_gradients(
     edges = vq.new_empty(
         num_tiles * blocks if graph_grad else 0, num_experts * num_experts + 2 * num_experts + 1
     )
-    per_tile = tiles.tokens * num_experts * (width + g) * dtype.itemsize
+    # In float32 the product over all rows adds up in float64, and copies its inputs for that.
+    per_tile = tiles.tokens * num_experts * (width + g) * (12 if tiles.precise else 2)
     step = max(_SCRATCH_BYTES // per_tile, 1) * tiles.tokens
     second_layer = None
     for first in range(0, tokens, step):
@@ -347,10 +364,13 @@ def _node_gradients(
             LOGITS=grad_logits is not None, PROBS=grad_probs is not None, WEIGHTS=grad_weights is not None,
             NORMALIZE=norm_topk_prob, EDGES=graph_grad, **common, **tiles.node_constants,
         )  # fmt: skip
-        share = product_float32(grad_rows.T, features)
+        if tiles.precise:
+            share = grad_rows.double().T @ features.double()
+        else:
+            share = product_float32(grad_rows.T, features)
         second_layer = share if second_layer is None else second_layer + share
     assert second_layer is not None
-    return grad_vq, second_layer, partial.sum(dim=0), edges
+    return grad_vq, second_layer.float(), partial.sum(dim=0), edges
 
 
 def _graph_gradient(edges: Tensor, grad_mixing: Tensor, num_experts: int, residual: float) -> Tensor:
