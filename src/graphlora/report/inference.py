@@ -81,8 +81,8 @@ def summarize(values: Sequence[float], level: float = LEVEL) -> Summary:
 def paired_t_p(differences: Sequence[float]) -> float | None:
     """Two-sided p value of the paired t test that the differences have mean zero.
 
-    `None` for one seed, and where all differences are the same up to rounding: scores are shares of some hundred items, so
-    equal differences are a coincidence of two or three seeds, not certainty.
+    `None` for one seed, and where all differences are the same up to rounding: scores are shares of some hundred items,
+    so equal differences are a coincidence of two or three seeds, not certainty.
     """
     if len(differences) < 2:
         return None
