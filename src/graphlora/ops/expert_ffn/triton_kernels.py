@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from graphlora.ops.dropout.triton import dropout_factor
 from graphlora.ops.expert_ffn.triton_parts import (
     activation,
     activation_and_slope,
     dot_into,
-    dropout_factor,
     load_scaled,
     rank_of,
     routing_weight,
