@@ -239,9 +239,17 @@ class GraphLoraLinear(TunerLayer):
             backend = _resolve_backend(self.configs[name].backend, x.device.type)
             if backend == "triton":
                 return lora_linear_decode(x, self.base_layer, lora_A, lora_B, scaling)
-        matrix = plain_matrix(self.base_layer, x) if dropout == 0.0 else None
+        hashed = bool(dropout) and self._drops_in_kernels(name, x)
+        matrix = plain_matrix(self.base_layer, x) if hashed or not dropout else None
         if matrix is not None:
-            return lora_linear(x, *matrix, lora_A, lora_B, scaling)
+            return lora_linear(x, *matrix, lora_A, lora_B, scaling, dropout)
         result = self.base_layer(x, *args, **kwargs)
+        if hashed:
+            return add_low_rank(result, x, lora_A, lora_B, scaling, dropout)
         x = nn.functional.dropout(x, dropout) if dropout else x
         return add_low_rank(result, x, lora_A, lora_B, scaling)
+
+    def _drops_in_kernels(self, name: str, x: Tensor) -> bool:
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return False
+        return _resolve_backend(self.configs[name].backend, x.device.type) == "triton"

@@ -103,7 +103,8 @@ def prepare(
         up_A: likewise, below these, of the same size.
 
     Returns:
-        static, P_x (and what is below it), W and S rounded for products (empty where they need no copy), sums of squares `[tokens]` or empty.
+        static, P_x (and what is below it), W and S rounded for products (empty where they need no copy), sums of
+        squares `[tokens]` or empty.
     """
     outputs = _prepare_fake(
         features,
@@ -256,9 +257,9 @@ def backward(
     the rows below P_x.
     """
     outputs = _backward_fake(
-        grad_logits, grad_probs, grad_weights, grad_passed, grad_low, x, proj, features, conv, self_weight, conv_rounded, self_rounded,
-        out, graph, z, square_sum, vq, static, probs, index, residual, act, eps, norm_topk_prob, graph_normalized,
-        graph_grad, x_grad,
+        grad_logits, grad_probs, grad_weights, grad_passed, grad_low,
+        x, proj, features, conv, self_weight, conv_rounded, self_rounded, out, graph, z, square_sum, vq, static,
+        probs, index, residual, act, eps, norm_topk_prob, graph_normalized, graph_grad, x_grad,
     )  # fmt: skip
     grad_x, _, grad_features, grad_conv, grad_self, grad_out, _ = outputs
     (tokens, d), (num_experts, g) = x.shape, features.shape
@@ -399,8 +400,9 @@ _library.define(
 _library.define(
     "graph_route_backward(Tensor? grad_logits, Tensor? grad_probs, Tensor? grad_weights, Tensor? grad_passed, "
     "Tensor? grad_low, Tensor x, Tensor proj, Tensor features, Tensor conv, Tensor? self_weight, "
-    "Tensor conv_rounded, Tensor? self_rounded, Tensor out, Tensor graph, Tensor z, Tensor square_sum, Tensor vq, Tensor static, Tensor probs, Tensor index, float residual, "
-    "str act, float eps, bool norm_topk_prob, bool graph_normalized, bool graph_grad, bool x_grad) "
+    "Tensor conv_rounded, Tensor? self_rounded, Tensor out, Tensor graph, Tensor z, Tensor square_sum, Tensor vq, "
+    "Tensor static, Tensor probs, Tensor index, float residual, str act, float eps, bool norm_topk_prob, "
+    "bool graph_normalized, bool graph_grad, bool x_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("graph_route_project(Tensor x, Tensor proj) -> Tensor")
