@@ -14,7 +14,7 @@ from graphlora.ops.backend import interprets_triton
 from graphlora.ops.dropout.reference import threshold
 from graphlora.ops.triton_rounding import narrowed
 
-_ROWS, _COLUMNS, _TILE = 8, 1024, 128
+_ROWS, _COLUMNS, _TILE, _REGISTERS = 8, 1024, 128, 128
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
 
@@ -142,7 +142,7 @@ def _add_dropped_product(
         add_dropped_product_kernel[(triton.cdiv(d, tile), triton.cdiv(tokens, tile))](
             base, low, weight, seed, out, tokens, d, n, base.stride(0), low.stride(0), first_column,
             BT=tile, BD=tile, BK=min(64, max(16, triton.next_power_of_2(n))), THRESHOLD=threshold(p),
-            INVERSE=1 / (1 - p), PRECISE=precise, num_warps=8, num_stages=2,
+            INVERSE=1 / (1 - p), PRECISE=precise, num_warps=8, num_stages=2, maxnreg=_REGISTERS,
         )  # fmt: skip
     return out
 

@@ -96,7 +96,7 @@ def plan_constants(shape: PlanShape) -> dict[str, Any]:
     sets = max(triton.next_power_of_2(shape.num_sets), 16)
     return {
         "K": shape.top_k, "N": shape.num_experts, "NP": triton.next_power_of_2(shape.num_experts),
-        "TILE": shape.tile, "CHUNK": shape.chunk, "SP": sets, "BLOCK": SORT_BLOCK, "COUNTED": 16384 // sets,
+        "TILE": shape.tile, "CHUNK": shape.chunk, "SP": sets, "BLOCK": SORT_BLOCK, "COUNTED": 8192 // sets,
     }  # fmt: skip
 
 

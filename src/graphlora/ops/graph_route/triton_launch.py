@@ -15,6 +15,8 @@ from graphlora.ops.graph_route import triton_nodes as nodes
 from graphlora.ops.graph_route import triton_static as static_part
 from graphlora.ops.graph_route import triton_tokens as tokens_part
 
+# Tokens, columns and registers of the kernel that ends the gradient of x: with more registers fewer programs fit.
+_INPUT_TOKENS, _INPUT_COLUMNS, _INPUT_REGISTERS = 128, 128, 128
 # Layer 2's inputs and gradients exist for this many bytes of tokens at a time, in backward alone.
 _SCRATCH_BYTES = 256 * 2**20
 _COPY_BLOCK, _ROWS, _ROW_BLOCK, _STATIC_COLUMNS, _SUM_COLUMNS = 4096, 4, 1024, 16, 32
@@ -301,12 +303,13 @@ def backward(
         _graph_gradient(edges, grad_mixing.sum(dim=0), num_experts, residual) if graph_grad else outputs[6]
     )
     if x_grad:
-        block = 64 if tiles.precise else 128
+        rows, wide = (64, 64) if tiles.precise else (_INPUT_TOKENS, _INPUT_COLUMNS)
         base = x if grad_passed is None else grad_passed.contiguous()
         depth = tiles.depth * triton.cdiv(columns, tiles.depth)
-        tokens_part.input_gradient_kernel[(triton.cdiv(d, block), triton.cdiv(tokens, block))](
-            grad_z, proj, pull, x, base, grad_x, tokens, d, columns, BT=block, BD=block, G=depth, BK=tiles.depth,
+        tokens_part.input_gradient_kernel[(triton.cdiv(d, wide), triton.cdiv(tokens, rows))](
+            grad_z, proj, pull, x, base, grad_x, tokens, d, columns, BT=rows, BD=wide, G=depth, BK=tiles.depth,
             NORM=eps >= 0, BASE=grad_passed is not None, PRECISE=tiles.precise, num_warps=8, num_stages=2,
+            maxnreg=_INPUT_REGISTERS,
         )  # fmt: skip
     grad_proj = product_float32(grad_z.T, x)
     return grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph

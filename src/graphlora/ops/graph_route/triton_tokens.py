@@ -102,11 +102,12 @@ def tokens_backward_kernel(
     tl.store(grad_z + at, narrowed(grad, grad_z.dtype.element_ty), mask=live)
     for start in range(0, columns - g, BK):
         k = start + tl.arange(0, BK)
-        live = (t < T)[:, None] & (k < columns - g)[None, :]
-        at = t.to(tl.int64)[:, None] * (columns - g) + k[None, :]
-        grad = tl.load(grad_low + at, mask=live, other=0.0).to(tl.float32)
-        at = t.to(tl.int64)[:, None] * columns + g + k[None, :]
-        tl.store(grad_z + at, narrowed(grad, grad_z.dtype.element_ty), mask=live)
+        inside = (t < T)[:, None] & (k < columns - g)[None, :]
+        low = tl.load(
+            grad_low + t.to(tl.int64)[:, None] * (columns - g) + k[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
+        place = t.to(tl.int64)[:, None] * columns + g + k[None, :]
+        tl.store(grad_z + place, narrowed(low, grad_z.dtype.element_ty), mask=inside)
 
 
 @triton.jit
