@@ -19,6 +19,7 @@ from graphlora.ops.expert_ffn.inputs import ExpertWeights, FrozenFfn
 from graphlora.ops.expert_ffn.recompute import maybe_recompute
 from graphlora.ops.expert_ffn.support import unsupported
 from graphlora.ops.expert_ffn.triton_prepare import Prepared
+from graphlora.ops.products import product_float32
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -179,7 +180,7 @@ class ExpertMix(torch.autograd.Function):
         d_A: tuple[Tensor | None, Tensor | None] = (None, None)
         if low_A is not None:
             seen = x if seed is None else dropped(x, seed, dropout, columns)
-            halves = _product_float32(d_low.T, seen).split(len(low_A) // 2, dim=0)
+            halves = product_float32(d_low.T, seen).split(len(low_A) // 2, dim=0)
             d_A = halves[0].view(*a_down.shape[:2], -1), halves[1].view(*a_down.shape[:2], -1)
             if ctx.needs_input_grad[0]:
                 dx = _input_gradient(dx, d_low, low_A, seed, dropout, columns)
@@ -247,15 +248,5 @@ class AddLowRank(torch.autograd.Function):
 
 def _down_gradient(low_down: Tensor, grad: Tensor, num_experts: int) -> Tensor:
     """`[N, d, r]`."""
-    product = _product_float32(low_down.T, grad)
+    product = product_float32(low_down.T, grad)
     return product.view(num_experts, len(product) // num_experts, -1).transpose(1, 2)
-
-
-def _product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`, accumulated and returned in float32 where the device can do that in one product."""
-    if a.dtype == torch.float32 or a.device.type != "cuda" or not _HAS_OUT_DTYPE:
-        return (a @ b).float()
-    return torch.mm(a, b, out_dtype=torch.float32)
-
-
-_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
