@@ -128,8 +128,8 @@ TO_FLOAT32 = [] if torch.cuda.is_available() else ["_to_copy", "_to_copy"]
 @pytest.mark.parametrize(
     ("function", "forward", "backward"),
     [
-        (fused, ["addmm", "addmm", "addmm_"], ["addmm", "addmm", "addmm_", "mm", "mm"]),
-        (beside, ["addmm", "addmm", "addmm"], ["addmm", "addmm", "mm", "mm", "mm", "add"]),
+        (fused, ["addmm", "addmm", "addmm_"], ["addmm", "addmm_", "mm", "mm", "mm"]),
+        (beside, ["addmm", "addmm", "addmm"], ["addmm", "mm", "mm", "mm", "mm", "add"]),
     ],
 )
 def test_calls(function, forward, backward):
