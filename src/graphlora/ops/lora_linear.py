@@ -181,7 +181,7 @@ def _cast(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     if lora_A.dtype == dtype or lora_B.dtype == dtype:
         return lora_A.to(dtype), lora_B.to(dtype)
     A, B = torch.empty_like(lora_A, dtype=dtype), torch.empty_like(lora_B, dtype=dtype)
-    torch._foreach_copy_([A, B], [lora_A, lora_B])
+    torch.ops.aten._foreach_copy_.default([A, B], [lora_A, lora_B])
     return A, B
 
 
