@@ -27,5 +27,4 @@ def hashed_mask(seed: int, rows: int, columns: int, p: float, first_column: int 
     x = ((seed + row * 0x9E3779B9) & _BITS) ^ ((column * 0x85EBCA6B) & _BITS)
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _BITS
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _BITS
-    x = x ^ (x >> 16)
     return torch.where(x >= threshold(p), 1 / (1 - p), 0.0).float()

@@ -55,12 +55,12 @@ def add_dropped_product(
 def dropout_factor(seed, row, column, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr):
     """0 with probability p, else `1 / (1 - p)`: a hash of seed, token and column, so that backward replays it.
 
-    `THRESHOLD` is `p * 2^32`. `row` and `column` broadcast against each other. (32-bit finalizer of MurmurHash3.)
+    `THRESHOLD` is `p * 2^32`. `row` and `column` broadcast against each other. (32-bit finalizer of MurmurHash3 without
+    its last step, which leaves the high bits as they are.)
     """
     x = (seed.to(tl.uint32) + row.to(tl.uint32) * 0x9E3779B9) ^ (column.to(tl.uint32) * 0x85EBCA6B)
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
-    x = x ^ (x >> 16)
     return tl.where(x >= THRESHOLD, INVERSE, 0.0)
 
 
