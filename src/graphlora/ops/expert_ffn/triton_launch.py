@@ -17,6 +17,8 @@ from graphlora.ops.expert_ffn.triton_prepare import empty_prepared, prepare
 _INT32 = 2**31 - 1
 # Rows per program of the kernels that add partial sums.
 _LOW_ROWS, _TABLE_ROWS = 32, 64
+# Most registers of the weight gradients with dropout; of 168 it spills 36, but of more fewer programs fit.
+_DROPOUT_REGISTERS = 168
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
 
@@ -214,6 +216,8 @@ def _weight_gradients(
     order, sorted_weights, start, end, _, experts = shape.parts(plan)
     start, end, experts = start[shape.tiles :], end[shape.tiles :], experts[shape.tiles * sizes.num_experts :]
     tiles = sizes.tiles.weight_gradient
+    if sizes.constants["DROPOUT"] and tiles.registers is not None:
+        tiles = tiles._replace(registers=_DROPOUT_REGISTERS)
     blocks = triton.cdiv(sizes.f, tiles.columns)
     partial = torch.empty(shape.chunks, slots, 3, sizes.f, sizes.r, dtype=torch.float32, device=plan.device)
     triton_kernels.weight_gradient_kernel[(blocks, shape.chunks)](
