@@ -83,8 +83,10 @@ def run(plan: Any, tokens: int, d: int, f: int, r: int, skew: bool, steps: int) 
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16) * scale
 
     gate, up, dm = draw(tokens, f), draw(tokens, f), draw(tokens, f)
-    low_gate, low_up, d_low = draw(tokens, 8 * r), draw(tokens, 8 * r), draw(tokens, 8 * r)
+    low, d_low = draw(tokens, 16 * r), draw(tokens, 8 * r)
+    low_gate, low_up = low.split(8 * r, dim=1)
     tables = draw(8, f, r), draw(8, f, r), draw(8, r, f, scale=f**-0.5)
+    down_B = draw(8, d, r)
     scores = torch.rand(tokens, 8, device="cuda")
     if skew:
         scores[: tokens // 2, 0] += 1
@@ -92,11 +94,28 @@ def run(plan: Any, tokens: int, d: int, f: int, r: int, skew: bool, steps: int) 
     weights = weights / weights.sum(1, keepdim=True)
 
     def step() -> None:
-        out = torch.ops.graphlora.expert_mix_forward(
-            gate, up, low_gate, low_up, *tables, weights, ids, None, 0.0, 2.0, "silu"
+        work = torch.ops.graphlora.expert_mix_prepare(
+            low, None, *tables, down_B, weights, ids, torch.bfloat16
+        )[-1]
+        torch.ops.graphlora.expert_mix_forward(
+            gate, up, low_gate, low_up, *tables, weights, ids, None, work, 0.0, 2.0, "silu"
         )
         torch.ops.graphlora.expert_mix_backward(
-            dm, d_low, gate, up, low_gate, low_up, *tables, weights, ids, None, out[2], 0.0, 2.0, "silu"
+            dm,
+            d_low,
+            gate,
+            up,
+            low_gate,
+            low_up,
+            *tables,
+            weights,
+            ids,
+            None,
+            work,
+            0.0,
+            2.0,
+            "silu",
+            torch.float32,
         )
 
     for _ in range(2):

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from graphlora.experts import dense_mixing, lora_delta_loop, mixed_lora_delta
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn, draw_masks, expert_ffn_eager, expert_ffn_torch
 from graphlora.ops.expert_ffn.inputs import LoraMasks, masked
 from graphlora.router import Routing
+
+# Rows of A that share a product with the router's projection: beyond, its backward kernel is no longer a skinny one.
+_MOST_BESIDE = 512
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,25 @@ class MoeSettings:
     recompute_gate_up: bool = False
 
 
+def low_rank_matrices(experts: ExpertWeights, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A of gate and up, where the fused router is to multiply the tokens `x` with them beside its own projection.
+
+    Not under autocast, which rounds the tokens after the router saw them; nor where all ranks together are so many that
+    the product is better left alone.
+    """
+    rows = 2 * experts.up_A.shape[0] * experts.up_A.shape[1]
+    if experts.gate_A is None or rows > _MOST_BESIDE or torch.is_autocast_enabled(x.device.type):
+        return None
+    return experts.gate_A, experts.up_A
+
+
 def moe_ffn(
-    x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings
+    x: Tensor,
+    ffn: FrozenFfn,
+    experts: ExpertWeights,
+    routing: Routing,
+    settings: MoeSettings,
+    low: Tensor | None = None,
 ) -> Tensor:
     """Output of an FFN block with routed LoRA experts.
 
@@ -49,12 +70,13 @@ def moe_ffn(
         experts: stacked low-rank pairs.
         routing: the router's decision for these tokens.
         settings: see `MoeSettings`.
+        low: the tokens times `low_rank_matrices`, where the router made that product.
 
     Returns:
         `[tokens, d]` in the dtype that the frozen block gives.
     """
     if settings.backend == "triton" and settings.granularity == "ffn":
-        return _triton(x, ffn, experts, routing, settings)
+        return _triton(x, ffn, experts, routing, settings, low)
     experts = experts.to(x.dtype)
     intermediate_size = experts.up_B.shape[1]
     masks = draw_masks(
@@ -71,17 +93,27 @@ def moe_ffn(
 
 
 def _triton(
-    x: Tensor, ffn: FrozenFfn, experts: ExpertWeights, routing: Routing, settings: MoeSettings
+    x: Tensor,
+    ffn: FrozenFfn,
+    experts: ExpertWeights,
+    routing: Routing,
+    settings: MoeSettings,
+    low: Tensor | None,
 ) -> Tensor:
     # Triton is there only where this path was chosen.
     from graphlora.ops.expert_ffn.triton import expert_ffn_triton
 
-    p = settings.lora_dropout
-    gated, f = experts.gate_A is not None, experts.up_B.shape[1]
-    masks = draw_masks(x, f, gated, p, settings.hidden_dropout, down=False)
     weights, index = routing.top_k_weights, routing.top_k_index
     return expert_ffn_triton(
-        x, ffn, experts, weights, index, settings.scaling, masks, p, settings.recompute_gate_up
+        x,
+        ffn,
+        experts,
+        weights,
+        index,
+        settings.scaling,
+        settings.lora_dropout,
+        settings.recompute_gate_up,
+        low,
     )
 
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from graphlora import graph
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
 from graphlora.ops.graph_route import GraphWeights, graph_logits_eager, graph_logits_torch
-from graphlora.routing import CenteredRouter, Float32State, Routing, begin_updates, select_experts
+from graphlora.routing import (
+    CenteredRouter,
+    Float32State,
+    RoutedTokens,
+    Routing,
+    begin_updates,
+    select_experts,
+)
 
 if TYPE_CHECKING:
     from graphlora.ops.graph_route.triton import RouterWeights
@@ -204,12 +211,17 @@ class GraphRouter(CenteredRouter):
             return graph_logits_eager(token, weights, self.act, self.conv)
         return graph_logits_torch(token, weights, self.act)
 
-    def fused_routing(self, x: Tensor, top_k: int, norm_topk_prob: bool) -> Routing | None:
+    def fused_routing(
+        self, x: Tensor, top_k: int, norm_topk_prob: bool, matrices: tuple[Tensor, Tensor] | None
+    ) -> RoutedTokens | None:
         """See `CenteredRouter.fused_routing`; None for another convolution, depth or activation, or a larger router."""
-        from graphlora.ops.graph_route.triton import graph_route_triton
+        from graphlora.ops.graph_route.triton import graph_route_beside
 
         weights = self.fused_weights(top_k)
-        return None if weights is None else Routing(*graph_route_triton(x, weights, top_k, norm_topk_prob))
+        if weights is None:
+            return None
+        routing, beside = graph_route_beside(x, weights, top_k, norm_topk_prob, matrices)
+        return RoutedTokens(Routing(*routing), *beside)
 
     def fused_weights(self, top_k: int) -> RouterWeights | None:
         """This router as `graphlora.ops.graph_route.triton` takes it; None where the kernels cannot run it."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,21 @@ class Routing:
     router_probs: Tensor
     top_k_weights: Tensor
     top_k_index: Tensor
+
+
+class RoutedTokens(NamedTuple):
+    """A routing, and the tokens that it is of, for the block's own products with them.
+
+    Attributes:
+        routing: the routing.
+        x: the tokens, `[tokens, d]`. What is computed from these, and not from the router's input, gives its gradient
+            to the router's backward, which adds it to its own.
+        low: the tokens times the block's matrices, `[tokens, rows]`, where the router made that product too.
+    """
+
+    routing: Routing
+    x: Tensor
+    low: Tensor | None
 
 
 def select_experts(router_logits: Tensor, top_k: int, norm_topk_prob: bool = True) -> Routing:
@@ -121,17 +136,21 @@ class CenteredRouter(Float32State, ABC):
         """Logits before centering, `[tokens, num_experts]`, float32; `x` is `[tokens, d]`."""
 
     def forward(
-        self, x: Tensor, backend: str = "torch", selection: tuple[int, bool] | None = None
-    ) -> Tensor | Routing:
+        self,
+        x: Tensor,
+        backend: str = "torch",
+        selection: tuple[int, bool] | None = None,
+        matrices: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | RoutedTokens:
         """Router logits `[tokens, num_experts]` (float32) of tokens `[tokens, d]`; with a `selection`, see `route`."""
         with torch.autocast(x.device.type, enabled=False):
             if selection is not None and backend == "triton":
-                fused = self.fused_routing(x, *selection)
+                fused = self.fused_routing(x, *selection, matrices)
                 if fused is not None:
                     return fused
             logits = self.raw_logits(x, backend)
             logits = logits - self.logit_offset if self.centering else logits
-            return logits if selection is None else self.select(x, logits, *selection)
+            return logits if selection is None else RoutedTokens(self.select(x, logits, *selection), x, None)
 
     def select(self, x: Tensor, router_logits: Tensor, top_k: int, norm_topk_prob: bool) -> Routing:
         """From the logits of tokens `x` to their experts; `graphlora.gates` has routers with other gates."""
@@ -147,12 +166,34 @@ class CenteredRouter(Float32State, ABC):
             top_k: K.
             norm_topk_prob: divide the selected probabilities by their sum.
         """
-        # A call of the module, so that hooks which keep weights elsewhere (offloading) bring them in.
-        return cast(Routing, self(x, backend, (top_k, norm_topk_prob)))
+        return self.route_tokens(x, backend, top_k, norm_topk_prob).routing
 
-    def fused_routing(self, x: Tensor, top_k: int, norm_topk_prob: bool) -> Routing | None:
-        """What `route` returns, from one fused operation; None for a router that has none."""
-        del x, top_k, norm_topk_prob
+    def route_tokens(
+        self,
+        x: Tensor,
+        backend: str,
+        top_k: int,
+        norm_topk_prob: bool = True,
+        matrices: tuple[Tensor, Tensor] | None = None,
+    ) -> RoutedTokens:
+        """`route`, for a block that has its own products with the same tokens.
+
+        Args:
+            x: see `route`.
+            backend: likewise.
+            top_k: likewise.
+            norm_topk_prob: likewise.
+            matrices: two of one size, `[..., d]`, which a fused router multiplies the tokens with beside its own
+                projection; other routers leave that to the caller.
+        """
+        # A call of the module, so that hooks which keep weights elsewhere (offloading) bring them in.
+        return cast(RoutedTokens, self(x, backend, (top_k, norm_topk_prob), matrices))
+
+    def fused_routing(
+        self, x: Tensor, top_k: int, norm_topk_prob: bool, matrices: tuple[Tensor, Tensor] | None
+    ) -> RoutedTokens | None:
+        """What `route_tokens` returns, from one fused operation; None for a router that has none."""
+        del x, top_k, norm_topk_prob, matrices
         return None
 
     def begin_update(self) -> None:

@@ -11,6 +11,7 @@ from graphlora.ops.backend import interprets_triton
 from graphlora.ops.graph_route import GraphWeights, graph_logits_eager, triton_launch
 from graphlora.ops.graph_route.triton import (
     RouterWeights,
+    graph_route_beside,
     graph_route_triton,
     prepare_router,
     route_from_projection,
@@ -159,6 +160,37 @@ def test_each_output_alone_gives_its_gradient(used):
         torch.testing.assert_close(
             found[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: name + text
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("used", ["all", "no routing", "no product", "no tokens"])
+def test_products_beside_the_router(used, dtype):
+    """The tokens passed on, and their product with two more matrices: values, and what they add to the gradients."""
+    case = Case(tokens=37, d=40, g=20, self_weight=True, dtype=dtype)
+    leaves = case.leaves | {"gate_A": case.draw(3, 2, 40) * 0.2, "up_A": case.draw(3, 2, 40) * 0.2}
+    to_x, to_low = case.draw(37, 40), case.draw(37, 12)
+
+    def run(fused: bool) -> dict[str, Tensor]:
+        own = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+        matrices = own["gate_A"], own["up_A"]
+        if fused:
+            routing, (x, low) = graph_route_beside(own["x"], case.weights(own), 2, True, matrices)
+            weights = routing[2]
+        else:
+            weights = case.printed(own).top_k_weights
+            x, low = own["x"], own["x"].float() @ torch.cat([m.flatten(0, 1) for m in matrices]).T
+        loss = x.new_zeros((), dtype=torch.float32)
+        loss = loss + ((weights * case.directions[2]).sum() if used != "no routing" else 0)
+        loss = loss + ((low * to_low).sum() if used != "no product" else 0)
+        loss = loss + ((x * to_x).sum() if used != "no tokens" else 0)
+        grads = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
+        return {"low": low.detach(), **dict(zip(own, grads, strict=True))}
+
+    found, expected = run(fused=True), run(fused=False)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        error = (found[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-3)
+        assert float(error) < (3e-6 if dtype == torch.float32 else 0.04), f"{name}: {float(error):.2e}"
 
 
 def test_no_gradient_where_the_routing_is_not_used():

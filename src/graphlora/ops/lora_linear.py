@@ -1,9 +1,13 @@
 """A frozen linear layer with one low-rank pair: `W x + s B A x`, in as few calls as there are matrix products.
 
-The pair's weights may be float32 beside a half-precision layer. Each is cast once, and every product runs in the dtype
-of the layer. Beside the frozen layer this takes 2 casts and 2 products forward, 4 products and 2 casts backward: the
-scaling is a factor of a product, and where the layer is a plain matrix, both sums (of the outputs, and of the two
-gradients of x) are accumulated by the second product in place. First-order gradients only.
+The pair's weights may be float32 beside a half-precision layer. Both are cast by one call, every product runs in the
+dtype of the layer, and those that give gradients of float32 weights give float32. Beside the frozen layer this takes 1
+cast and 2 products forward, 4 products backward: the scaling is a factor of a product, and where the layer is a plain
+matrix, both sums (of the outputs, and of the two gradients of x) are accumulated by the second product in place.
+First-order gradients only.
+
+With `dropout`, on devices where Triton runs, the input of A is dropped out: a copy that is made again in backward
+instead of being kept, and a mask in the product that gives x its gradient.
 """
 
 from __future__ import annotations
@@ -13,8 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphlora.ops.products import product_float32
 
-def add_low_rank(result: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+
+def add_low_rank(
+    result: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
+) -> Tensor:
     """`result + s B A x`, for any frozen layer (quantized, sharded, offloaded) that gave `result`.
 
     Args:
@@ -23,18 +31,26 @@ def add_low_rank(result: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scal
         lora_A: `[r, in]`.
         lora_B: `[out, r]`.
         scaling: s = lora_alpha / r.
+        dropout: probability of dropping entries of the x that A sees; needs Triton.
 
     Returns:
         `[..., out]` in the dtype of `result`.
     """
+    seed = _seed(x, dropout)
     if not torch.is_autocast_enabled(result.device.type):
-        return _AddLowRank.apply(result, x.to(result.dtype), lora_A, lora_B, scaling)
+        return _AddLowRank.apply(result, x.to(result.dtype), lora_A, lora_B, scaling, dropout, seed)
     with torch.autocast(result.device.type, enabled=False):
-        return _AddLowRank.apply(result, x.to(result.dtype), lora_A, lora_B, scaling)
+        return _AddLowRank.apply(result, x.to(result.dtype), lora_A, lora_B, scaling, dropout, seed)
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """`W x + b + s B A x` for a plain frozen matrix; no gradients for `weight` and `bias`.
 
@@ -45,11 +61,12 @@ def lora_linear(
         lora_A: `[r, in]`.
         lora_B: `[out, r]`.
         scaling: s = lora_alpha / r.
+        dropout: probability of dropping entries of the x that A sees; needs Triton.
 
     Returns:
         `[..., out]` in the dtype of `x`.
     """
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling)
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, _seed(x, dropout))
 
 
 def plain_matrix(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -72,22 +89,34 @@ def plain_matrix(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, result: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+        ctx: Any,
+        result: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout: float,
+        seed: Tensor | None,
     ) -> Tensor:
-        rows, A, B = _rows(x), lora_A.to(x.dtype), lora_B.to(x.dtype)
-        low = rows @ A.T
-        out = torch.addmm(_rows(result), low, B.T, alpha=scaling)
-        ctx.save_for_backward(rows, low, A, B)
-        ctx.scaling, ctx.dtypes = scaling, (lora_A.dtype, lora_B.dtype)
+        rows = _rows(x)
+        A, B = _cast(lora_A, lora_B, x.dtype)
+        low = _scaled_product(_seen(rows, seed, dropout), A.T, scaling)
+        out = torch.addmm(_rows(result), low, B.T)
+        ctx.save_for_backward(rows, low, A, B, seed)
+        ctx.scaling, ctx.dropout, ctx.dtypes = scaling, dropout, (lora_A.dtype, lora_B.dtype)
         return out.view(result.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, low, A, B = ctx.saved_tensors
+        rows, low, A, B, seed = ctx.saved_tensors
         grad = _rows(grad_outputs[0])
-        d_low, d_A, d_B = _weight_gradients(grad, rows, low, B, ctx.scaling, ctx.dtypes)
-        d_x = (d_low @ A).view(*grad_outputs[0].shape[:-1], A.shape[1]) if ctx.needs_input_grad[1] else None
-        return grad_outputs[0], d_x, d_A, d_B, None
+        seen = _seen(rows, seed, ctx.dropout)
+        d_low, d_A, d_B = _weight_gradients(grad, seen, low, B, ctx.scaling, ctx.dtypes)
+        d_x = None
+        if ctx.needs_input_grad[1]:
+            # The mask of x, on its gradient.
+            d_x = _seen(d_low @ A, seed, ctx.dropout).view(*grad_outputs[0].shape[:-1], A.shape[1])
+        return grad_outputs[0], d_x, d_A, d_B, None, None, None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -100,23 +129,60 @@ class _LoraLinear(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
+        dropout: float,
+        seed: Tensor | None,
     ) -> Tensor:
-        rows, A, B = _rows(x), lora_A.to(x.dtype), lora_B.to(x.dtype)
-        low = rows @ A.T
-        out = nn.functional.linear(rows, weight, bias).addmm_(low, B.T, alpha=scaling)
-        ctx.save_for_backward(rows, weight, low, A, B)
-        ctx.scaling, ctx.dtypes = scaling, (lora_A.dtype, lora_B.dtype)
+        rows = _rows(x)
+        A, B = _cast(lora_A, lora_B, x.dtype)
+        low = _scaled_product(_seen(rows, seed, dropout), A.T, scaling)
+        out = nn.functional.linear(rows, weight, bias).addmm_(low, B.T)
+        ctx.save_for_backward(rows, weight, low, A, B, seed)
+        ctx.scaling, ctx.dropout, ctx.dtypes = scaling, dropout, (lora_A.dtype, lora_B.dtype)
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, low, A, B = ctx.saved_tensors
+        rows, weight, low, A, B, seed = ctx.saved_tensors
         grad = _rows(grad_outputs[0])
-        d_low, d_A, d_B = _weight_gradients(grad, rows, low, B, ctx.scaling, ctx.dtypes)
+        seen = _seen(rows, seed, ctx.dropout)
+        d_low, d_A, d_B = _weight_gradients(grad, seen, low, B, ctx.scaling, ctx.dtypes)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (grad @ weight).addmm_(d_low, A).view(*grad_outputs[0].shape[:-1], A.shape[1])
-        return d_x, None, None, d_A, d_B, None
+            d_x = grad @ weight
+            if seed is None:
+                d_x.addmm_(d_low, A)
+            else:
+                from graphlora.ops.dropout.triton import add_dropped_product
+
+                d_x = add_dropped_product(d_x, d_low, A, seed, ctx.dropout)
+            d_x = d_x.view(*grad_outputs[0].shape[:-1], A.shape[1])
+        return d_x, None, None, d_A, d_B, None, None, None
+
+
+def _seed(x: Tensor, dropout: float) -> Tensor | None:
+    if not dropout:
+        return None
+    from graphlora.ops.dropout.triton import draw_seed
+
+    return draw_seed(x.device)
+
+
+def _seen(rows: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    """What A sees of the rows."""
+    if seed is None:
+        return rows
+    from graphlora.ops.dropout.triton import dropped
+
+    return dropped(rows, seed, dropout)
+
+
+def _cast(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both in `dtype`, by one call."""
+    if lora_A.dtype == dtype or lora_B.dtype == dtype:
+        return lora_A.to(dtype), lora_B.to(dtype)
+    A, B = torch.empty_like(lora_A, dtype=dtype), torch.empty_like(lora_B, dtype=dtype)
+    torch.ops.aten._foreach_copy_.default([A, B], [lora_A, lora_B])
+    return A, B
 
 
 def _weight_gradients(
@@ -127,10 +193,13 @@ def _weight_gradients(
     scaling: float,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `low` (in the dtype of the products), A and B (in their own)."""
+    """Gradients of `A x` (in the dtype of the products), A and B (in their own); `low` is `s A x`."""
     d_low = _scaled_product(grad, B, scaling)
-    d_B = _scaled_product(grad.T, low, scaling)
-    return d_low, (d_low.T @ rows).to(dtypes[0]), d_B.to(dtypes[1])
+    return d_low, _product(d_low.T, rows, dtypes[0]), _product(grad.T, low, dtypes[1])
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return product_float32(a, b) if dtype == torch.float32 else (a @ b).to(dtype)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:

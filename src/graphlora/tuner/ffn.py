@@ -142,6 +142,11 @@ class FfnParts:
             return None
         return gate[0], up[0]
 
+    def plain_down(self, hidden: Tensor) -> Tensor | None:
+        """Weight of the down projection, `[d, f]`, where it is a plain matrix without bias in the dtype of `hidden`."""
+        down = plain_matrix(getattr(self.block, self.pattern.down_proj), hidden)
+        return None if down is None or down[1] is not None else down[0]
+
     def project_out(self, hidden: Tensor) -> Tensor:
         """Down projection, bias included."""
         return self._call(self.pattern.down_proj, hidden)

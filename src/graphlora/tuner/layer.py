@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graphlora.experts import LoraExperts
 from graphlora.graph import twin_experts
-from graphlora.moe import MoeSettings, moe_ffn
+from graphlora.moe import MoeSettings, low_rank_matrices, moe_ffn
 from graphlora.moe_decode import moe_ffn_decode
 from graphlora.ops.backend import resolve_backend
 from graphlora.ops.decode import few_tokens, lora_linear_decode
@@ -66,7 +66,9 @@ class GraphLoraLayer(RoutedLayer):
     ) -> None:
         super().__init__(parts.block, block_name, block_index, side, recorder, depth)
         self.parts = parts
-        self.ffn = FrozenFfn(parts.project_in, parts.project_out, parts.act, parts.plain_weights)
+        self.ffn = FrozenFfn(
+            parts.project_in, parts.project_out, parts.act, parts.plain_weights, parts.plain_down
+        )
         self.unsupported: dict[str, str | None] = {}
 
     def update_layer(self, adapter_name: str, config: GraphLoraConfig, inference_mode: bool = False) -> None:
@@ -150,20 +152,27 @@ class GraphLoraLayer(RoutedLayer):
             )
             self.recorder.add(self, routing)
             return out.view(hidden_states.shape)
+        experts = self._expert_weights(name)
+        dropout = config.lora_dropout if self.training else 0.0
+        matrices = None
+        if backend == "triton" and config.expert_granularity == "ffn" and not dropout:
+            matrices = low_rank_matrices(experts, x)
         # The router sees the token as it comes, before autocast rounds it.
-        routing = self.router(name).route(x, backend, config.top_k, config.norm_topk_prob)
+        routing, x, low = self.router(name).route_tokens(
+            x, backend, config.top_k, config.norm_topk_prob, matrices
+        )
         self.recorder.add(self, routing)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         settings = MoeSettings(
             granularity=config.expert_granularity,
             scaling=self.scaling[name],
-            lora_dropout=config.lora_dropout if self.training else 0.0,
+            lora_dropout=dropout,
             hidden_dropout=self.parts.hidden_dropout() if self.training else 0.0,
             backend=backend,
             recompute_gate_up=config.recompute_gate_up,
         )
-        out = moe_ffn(x, self.ffn, self._expert_weights(name), routing, settings)
+        out = moe_ffn(x, self.ffn, experts, routing, settings, low)
         out = nn.functional.dropout(out, self.parts.output_dropout(), self.training)
         return out.view(hidden_states.shape)
 
@@ -230,9 +239,17 @@ class GraphLoraLinear(TunerLayer):
             backend = _resolve_backend(self.configs[name].backend, x.device.type)
             if backend == "triton":
                 return lora_linear_decode(x, self.base_layer, lora_A, lora_B, scaling)
-        matrix = plain_matrix(self.base_layer, x) if dropout == 0.0 else None
+        hashed = bool(dropout) and self._drops_in_kernels(name, x)
+        matrix = plain_matrix(self.base_layer, x) if hashed or not dropout else None
         if matrix is not None:
-            return lora_linear(x, *matrix, lora_A, lora_B, scaling)
+            return lora_linear(x, *matrix, lora_A, lora_B, scaling, dropout)
         result = self.base_layer(x, *args, **kwargs)
+        if hashed:
+            return add_low_rank(result, x, lora_A, lora_B, scaling, dropout)
         x = nn.functional.dropout(x, dropout) if dropout else x
         return add_low_rank(result, x, lora_A, lora_B, scaling)
+
+    def _drops_in_kernels(self, name: str, x: Tensor) -> bool:
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return False
+        return _resolve_backend(self.configs[name].backend, x.device.type) == "triton"

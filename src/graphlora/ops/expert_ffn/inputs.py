@@ -22,12 +22,14 @@ class FrozenFfn:
         act: the activation with its backward: of the gate in a gated block, of the up projection in a plain one.
         plain_weights: given x, the weights `(gate, up)`, each `[f, d]`, where `project_in` is nothing but two matrix
             products with them in x's dtype, so that a kernel may apply them itself; else None.
+        plain_down: given m, `[tokens, f]`, the weight `[d, f]` where `project_out` is nothing but a product with it.
     """
 
     project_in: Callable[[Tensor], tuple[Tensor | None, Tensor]]
     project_out: Callable[[Tensor], Tensor]
     act: DifferentiableAct
     plain_weights: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None = None
+    plain_down: Callable[[Tensor], Tensor | None] | None = None
 
 
 class ExpertWeights(NamedTuple):
@@ -58,7 +60,8 @@ class ExpertWeights(NamedTuple):
 class LoraMasks(NamedTuple):
     """Dropout masks, already scaled by `1 / (1 - p)`; None where nothing is dropped. Shared by all experts.
 
-    `gate`, `up` are `[tokens, d]` and `down` is `[tokens, f]`: the inputs of the low-rank branches alone.
+    `gate`, `up` are `[tokens, d]` and `down` is `[tokens, f]`: the inputs of the low-rank branches alone. Gate and up
+    have the same input and share one mask of it, so that it is drawn and multiplied once.
     `hidden` is `[tokens, f]`: the base model's own dropout between activation and down projection (T5).
     """
 
@@ -74,7 +77,6 @@ def draw_masks(
     gated: bool,
     lora_dropout: float,
     hidden_dropout: float,
-    down: bool = True,
 ) -> LoraMasks:
     """One mask per projection input, drawn in a fixed order so that every compute path drops the same entries.
 
@@ -84,7 +86,6 @@ def draw_masks(
         gated: whether the block has a gate projection.
         lora_dropout: probability for the low-rank branches; 0 draws nothing.
         hidden_dropout: probability for the base model's dropout inside the FFN; 0 draws nothing.
-        down: whether to draw the mask of the down projection's input, which a kernel may draw itself.
     """
     tokens, d = x.shape
 
@@ -93,10 +94,11 @@ def draw_masks(
             return None
         return torch.nn.functional.dropout(x.new_ones(tokens, width), p)
 
+    shared = mask(d, lora_dropout)
     return LoraMasks(
-        gate=mask(d, lora_dropout) if gated else None,
-        up=mask(d, lora_dropout),
-        down=mask(intermediate_size, lora_dropout) if down else None,
+        gate=shared if gated else None,
+        up=shared,
+        down=mask(intermediate_size, lora_dropout),
         hidden=mask(intermediate_size, hidden_dropout),
     )
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from graphlora.ops.dropout.triton import dropout_factor
 from graphlora.ops.expert_ffn.triton_parts import (
     activation,
     activation_and_slope,
     dot_into,
-    dropout_factor,
     load_scaled,
     rank_of,
     routing_weight,
@@ -69,6 +69,8 @@ def forward_kernel(
         count = tl.load(tile_count + tile)
         slots = tl.arange(0, KP)
         total = tl.zeros((KP, BT, R), tl.float32)
+    if DROPOUT:
+        drawn = tl.load(seed)
     for block in tl.range(0, blocks, num_stages=STAGES):
         c = (split * blocks + block) * BF + column
         columns = None if EVEN else (c < f)[None, :]
@@ -77,7 +79,7 @@ def forward_kernel(
         g = tl.load(gate + row[:, None] * gate_stride + c[None, :], mask=columns).to(tl.float32)
         u = tl.load(up + row[:, None] * up_stride + c[None, :], mask=columns).to(tl.float32)
         if DROPOUT:
-            kept = dropout_factor(tl.load(seed), t[:, None], c[None, :], THRESHOLD, INVERSE)
+            kept = dropout_factor(drawn, t[:, None], c[None, :], THRESHOLD, INVERSE)
         m = tl.zeros((BT, BF), tl.float32)
         if UNIFORM:
             updated = ()
@@ -183,6 +185,8 @@ def token_gradient_kernel(
         total_gate = tl.zeros((KP, BT, R), tl.float32)
         total_up = tl.zeros((KP, BT, R), tl.float32)
         total_weight = tl.zeros((KP, BT), tl.float32)
+    if DROPOUT:
+        drawn = tl.load(seed)
     for block in tl.range(0, blocks, num_stages=STAGES):
         c = (split * blocks + block) * BF + column
         columns = None if EVEN else (c < f)[None, :]
@@ -194,7 +198,7 @@ def token_gradient_kernel(
         dg_sum = tl.zeros((BT, BF), tl.float32)
         du_sum = tl.zeros((BT, BF), tl.float32)
         if DROPOUT:
-            kept = dropout_factor(tl.load(seed), t[:, None], c[None, :], THRESHOLD, INVERSE)
+            kept = dropout_factor(drawn, t[:, None], c[None, :], THRESHOLD, INVERSE)
         if UNIFORM:
             new_gate, new_up, new_weight = (), (), ()
             for k in tl.static_range(K):
@@ -311,6 +315,8 @@ def weight_gradient_kernel(
         sums_gate = sums_gate + (tl.zeros((BF, R), tl.float32),)
         sums_up = sums_up + (tl.zeros((BF, R), tl.float32),)
         sums_down = sums_down + (tl.zeros((BF, R), tl.float32),)
+    if DROPOUT:
+        drawn = tl.load(seed)
     for first in tl.range(start, end, BT, num_stages=STAGES):
         position = first + tl.arange(0, BT)
         live = position < end
@@ -324,7 +330,7 @@ def weight_gradient_kernel(
         u = tl.load(up + row[None, :] * up_stride + c[:, None], mask=columns).to(tl.float32)
         dm = tl.load(d_mixed + row[None, :] * mixed_stride + c[:, None], mask=columns).to(tl.float32)
         if DROPOUT:
-            kept = dropout_factor(tl.load(seed), t[None, :], c[:, None], THRESHOLD, INVERSE)
+            kept = dropout_factor(drawn, t[None, :], c[:, None], THRESHOLD, INVERSE)
         new_gate, new_up, new_down = (), (), ()
         for k in tl.static_range(SLOTS):
             lanes = experts[k] * r + lane

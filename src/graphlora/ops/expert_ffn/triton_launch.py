@@ -1,4 +1,4 @@
-"""Launches of the expert FFN's kernels, as two `torch.library` operations: one node each for `torch.compile`."""
+"""Launches of the expert FFN's kernels, as `torch.library` operations: one node each for `torch.compile`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from torch import Tensor
 from graphlora.ops.backend import interprets_triton
 from graphlora.ops.expert_ffn import triton_kernels, triton_reduce
 from graphlora.ops.expert_ffn.triton_plan import PlanShape, make_plan
+from graphlora.ops.expert_ffn.triton_prepare import empty_prepared, prepare
 
 # Offsets are 32-bit up to here.
 _INT32 = 2**31 - 1
+# Rows per program of the kernels that add partial sums.
+_LOW_ROWS, _TABLE_ROWS = 32, 64
+# Most registers of the weight gradients with dropout; of 168 it spills 36, but of more fewer programs fit.
+_DROPOUT_REGISTERS = 168
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
 
@@ -63,14 +68,19 @@ def tile_plan(tokens: int, f: int, r: int, dtype: torch.dtype) -> TilePlan:
 
 
 _library.define(
+    "expert_mix_prepare(Tensor first, Tensor? second, Tensor gate_B, Tensor up_B, Tensor down_A, Tensor down_B, "
+    "Tensor top_k_weights, Tensor top_k_index, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
     "expert_mix_forward(Tensor gate, Tensor up, Tensor low_gate, Tensor low_up, Tensor gate_B, Tensor up_B, "
-    "Tensor down_A, Tensor top_k_weights, Tensor top_k_index, Tensor? seed, float dropout, float scaling, str act) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor down_A, Tensor top_k_weights, Tensor top_k_index, Tensor? seed, Tensor plan, float dropout, float scaling, "
+    "str act) -> (Tensor, Tensor)"
 )
 _library.define(
     "expert_mix_backward(Tensor d_mixed, Tensor d_low_down, Tensor gate, Tensor up, Tensor low_gate, Tensor low_up, "
     "Tensor gate_B, Tensor up_B, Tensor down_A, Tensor top_k_weights, Tensor top_k_index, Tensor? seed, Tensor plan, "
-    "float dropout, float scaling, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "float dropout, float scaling, str act, ScalarType low_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -99,7 +109,7 @@ def _sizes(up: Tensor, down_A: Tensor, top_k_index: Tensor, dropout: float, act:
         "WIDE": tokens * f > _INT32, "ACT": act, "FAST": not precise, "PRECISE": precise,
         "DROPOUT": dropout > 0, "THRESHOLD": int(dropout * 2**32), "INVERSE": 1 / (1 - dropout),
     }  # fmt: skip
-    plan = PlanShape(tokens, num_experts, top_k, tiles.forward.tokens, tiles.chunk)
+    plan = _plan_shape(tokens, down_A, top_k_index, up.dtype)
     return _Sizes(tokens, f, num_experts, r, top_k, tiles, plan, constants)
 
 
@@ -121,17 +131,17 @@ def _seed_or_any(seed: Tensor | None, other: Tensor) -> Tensor:
 
 def _forward(
     gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor,
-    top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None, dropout: float, scaling: float, act: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None, plan: Tensor, dropout: float, scaling: float,
+    act: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = _sizes(up, down_A, top_k_index, dropout, act)
     tokens, f, r, top_k = sizes.tokens, sizes.f, sizes.r, sizes.top_k
     gate, up, low_gate, low_up = (_rows(t) for t in (gate, up, low_gate, low_up))
     mixed = torch.empty(tokens, f, dtype=up.dtype, device=up.device)
     low_down = torch.empty(tokens, sizes.num_experts * r, dtype=up.dtype, device=up.device)
     if tokens == 0:
-        return mixed, low_down, torch.empty(0, dtype=torch.int32, device=up.device)
+        return mixed, low_down
     top_k_weights, top_k_index = top_k_weights.contiguous(), top_k_index.contiguous()
-    plan = make_plan(top_k_index, top_k_weights, sizes.plan)
     order, sorted_weights, start, end, count, experts = sizes.plan.parts(plan)
     constants, splits, blocks = _token_major(sizes, sizes.tiles.forward)
     partial_low = torch.empty(splits, tokens, top_k, r, dtype=torch.float32, device=up.device)
@@ -140,36 +150,30 @@ def _forward(
         order, sorted_weights, start, end, experts, count, mixed, partial_low,
         tokens, f, gate.stride(0), up.stride(0), low_gate.stride(0), low_up.stride(0), blocks, scaling, **constants,
     )  # fmt: skip
-    _reduce_low(sizes, partial_low, partial_low, top_k_weights, top_k_index, low_down, None, splits, scaling)
-    return mixed, low_down, plan
-
-
-def _reduce_low(
-    sizes: _Sizes, partial_low: Tensor, partial_weight: Tensor, top_k_weights: Tensor, top_k_index: Tensor,
-    out: Tensor, d_weights: Tensor | None, splits: int, scaling: float,
-) -> None:  # fmt: skip
-    columns = sizes.num_experts * sizes.r
-    block = min(128, triton.next_power_of_2(columns))
-    backward = d_weights is not None
-    triton_reduce.reduce_low_kernel[(triton.cdiv(sizes.tokens, 32), triton.cdiv(columns, block))](
-        partial_low, partial_weight, top_k_weights, top_k_index,
-        out, out[:, columns:] if backward else out, d_weights if backward else out,
-        sizes.tokens, out.stride(0), splits, scaling,
-        K=sizes.top_k, r=sizes.r, columns=columns, PARTS=2 if backward else 1, BT=32, BC=block,
+    columns = sizes.num_experts * r
+    block = _low_block(columns)
+    triton_reduce.reduce_low_kernel[(triton.cdiv(tokens, _LOW_ROWS), triton.cdiv(columns, block))](
+        partial_low, top_k_weights, top_k_index, low_down, tokens, columns, splits, scaling,
+        K=top_k, r=r, BT=_LOW_ROWS, BC=block,
     )  # fmt: skip
+    return mixed, low_down
+
+
+def _low_block(columns: int) -> int:
+    return min(128, triton.next_power_of_2(columns))
 
 
 def _backward(
     d_mixed: Tensor, d_low_down: Tensor, gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor,
     gate_B: Tensor, up_B: Tensor, down_A: Tensor, top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None,
-    plan: Tensor, dropout: float, scaling: float, act: str,
+    plan: Tensor, dropout: float, scaling: float, act: str, low_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sizes = _sizes(up, down_A, top_k_index, dropout, act)
     tokens, f, r, top_k = sizes.tokens, sizes.f, sizes.r, sizes.top_k
     inputs = [_rows(t) for t in (gate, up, d_mixed, low_gate, low_up, d_low_down)]
     strides = [t.stride(0) for t in inputs]
     d_gate, d_up = (torch.empty(tokens, f, dtype=up.dtype, device=up.device) for _ in range(2))
-    d_low = torch.empty(tokens, 2 * sizes.num_experts * r, dtype=up.dtype, device=up.device)
+    d_low = torch.empty(tokens, 2 * sizes.num_experts * r, dtype=low_dtype, device=up.device)
     d_tables = [torch.empty(t.shape, dtype=torch.float32, device=up.device) for t in (gate_B, up_B, down_A)]
     d_weights = torch.empty(tokens, top_k, dtype=torch.float32, device=up.device)
     if tokens == 0:
@@ -186,17 +190,24 @@ def _backward(
         d_gate, d_up, partial_low, partial_weight,
         tokens, f, *strides, blocks, scaling, **constants,
     )  # fmt: skip
-    _reduce_low(
-        sizes, partial_low, partial_weight, top_k_weights, top_k_index, d_low, d_weights, splits, scaling
-    )
-    _weight_gradients(sizes, inputs, tables, seed, plan, d_tables, scaling)
+    partial = _weight_gradients(sizes, inputs, tables, seed, plan, scaling)
+    columns = sizes.num_experts * r
+    block = _low_block(columns)
+    low_grid = triton.cdiv(tokens, _LOW_ROWS), triton.cdiv(columns, block)
+    table_blocks = triton.cdiv(f, _TABLE_ROWS)
+    triton_reduce.reduce_backward_kernel[(low_grid[0] * low_grid[1] + table_blocks * sizes.num_experts,)](
+        partial_low, partial_weight, top_k_weights, top_k_index, d_low, d_weights,
+        *partial[:4], *d_tables, tokens, columns, splits, scaling, f, len(partial[0]), *low_grid, table_blocks,
+        K=top_k, N=sizes.num_experts, r=r, R=sizes.constants["R"], SLOTS=partial[0].shape[1],
+        BT=_LOW_ROWS, BC=block, BF=_TABLE_ROWS,
+    )  # fmt: skip
     return d_gate, d_up, d_low, *d_tables, d_weights
 
 
 def _weight_gradients(
-    sizes: _Sizes, inputs: list[Tensor], tables: tuple[Tensor, ...], seed: Tensor, plan: Tensor,
-    d_tables: list[Tensor], scaling: float,
-) -> None:  # fmt: skip
+    sizes: _Sizes, inputs: list[Tensor], tables: tuple[Tensor, ...], seed: Tensor, plan: Tensor, scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Each chunk's share of the gradients of the three tables, and the chunks: their starts, ends and experts."""
     shape, slots = sizes.plan, sizes.top_k
     if not shape.uniform:
         # Sorted by expert, one (token, choice) pair per row.
@@ -205,6 +216,8 @@ def _weight_gradients(
     order, sorted_weights, start, end, _, experts = shape.parts(plan)
     start, end, experts = start[shape.tiles :], end[shape.tiles :], experts[shape.tiles * sizes.num_experts :]
     tiles = sizes.tiles.weight_gradient
+    if sizes.constants["DROPOUT"] and tiles.registers is not None:
+        tiles = tiles._replace(registers=_DROPOUT_REGISTERS)
     blocks = triton.cdiv(sizes.f, tiles.columns)
     partial = torch.empty(shape.chunks, slots, 3, sizes.f, sizes.r, dtype=torch.float32, device=plan.device)
     triton_kernels.weight_gradient_kernel[(blocks, shape.chunks)](
@@ -213,10 +226,7 @@ def _weight_gradients(
         **sizes.constants, SLOTS=slots, BT=tiles.tokens, BF=tiles.columns, EVEN=sizes.f % tiles.columns == 0,
         **tiles.options(),
     )  # fmt: skip
-    triton_reduce.reduce_weight_kernel[(triton.cdiv(sizes.f, 64), sizes.num_experts)](
-        partial, start, end, experts, *d_tables, sizes.f, shape.chunks,
-        N=sizes.num_experts, r=sizes.r, R=sizes.constants["R"], SLOTS=slots, BF=64,
-    )  # fmt: skip
+    return partial, start, end, experts
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -224,29 +234,49 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _forward_fake(
-    gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor,
-    top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None, dropout: float, scaling: float, act: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sizes = _sizes(up, down_A, top_k_index, dropout, act)
-    tokens, f = up.shape
-    plan = up.new_empty(sizes.plan.numel if tokens else 0, dtype=torch.int32)
-    return up.new_empty(tokens, f), up.new_empty(tokens, down_A.shape[0] * down_A.shape[1]), plan
+def _plan_shape(tokens: int, down_A: Tensor, top_k_index: Tensor, dtype: torch.dtype) -> PlanShape:
+    num_experts, r, f = down_A.shape
+    tiles = tile_plan(tokens, f, r, dtype)
+    return PlanShape(tokens, num_experts, top_k_index.shape[1], tiles.forward.tokens, tiles.chunk)
+
+
+def _prepare(
+    first: Tensor, second: Tensor | None, gate_B: Tensor, up_B: Tensor, down_A: Tensor, down_B: Tensor,
+    top_k_weights: Tensor, top_k_index: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    weights, index = top_k_weights.contiguous(), top_k_index.contiguous()
+    shape = _plan_shape(len(index), down_A, index, dtype)
+    return tuple(prepare(first, second, gate_B, up_B, down_A, down_B, weights, index, shape, dtype))
+
+
+def _prepare_fake(
+    first: Tensor, second: Tensor | None, gate_B: Tensor, up_B: Tensor, down_A: Tensor, down_B: Tensor,
+    top_k_weights: Tensor, top_k_index: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    shape = _plan_shape(len(top_k_index), down_A, top_k_index, dtype)
+    return tuple(empty_prepared(first, second, gate_B, up_B, down_A, down_B, shape, dtype))
+
+
+def _forward_fake(gate: Tensor, up: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    down_A = others[4]
+    return up.new_empty(up.shape), up.new_empty(len(up), down_A.shape[0] * down_A.shape[1])
 
 
 def _backward_fake(
     d_mixed: Tensor, d_low_down: Tensor, gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor,
     gate_B: Tensor, up_B: Tensor, down_A: Tensor, top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None,
-    plan: Tensor, dropout: float, scaling: float, act: str,
+    plan: Tensor, dropout: float, scaling: float, act: str, low_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     tables = (t.new_empty(t.shape, dtype=torch.float32) for t in (gate_B, up_B, down_A))
-    d_low = up.new_empty(len(up), 2 * down_A.shape[0] * down_A.shape[1])
+    d_low = up.new_empty(len(up), 2 * down_A.shape[0] * down_A.shape[1], dtype=low_dtype)
     d_weights = up.new_empty(top_k_index.shape, dtype=torch.float32)
     return up.new_empty(up.shape), up.new_empty(up.shape), d_low, *tables, d_weights
 
 
 for _device in ("CUDA", "CPU"):
+    _library.impl("expert_mix_prepare", _prepare, _device)
     _library.impl("expert_mix_forward", _forward, _device)
     _library.impl("expert_mix_backward", _backward, _device)
+torch.library.register_fake("graphlora::expert_mix_prepare", _prepare_fake)
 torch.library.register_fake("graphlora::expert_mix_forward", _forward_fake)
 torch.library.register_fake("graphlora::expert_mix_backward", _backward_fake)

@@ -62,19 +62,6 @@ def activation_and_slope(x, ACT: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def dropout_factor(seed, row, column, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr):
-    """0 with probability p, else `1 / (1 - p)`: a hash of seed, token and FFN column, so that backward replays it.
-
-    `THRESHOLD` is `p * 2^32`. `row` and `column` broadcast against each other. (32-bit finalizer of MurmurHash3.)
-    """
-    x = (seed.to(tl.uint32) + row.to(tl.uint32) * 0x9E3779B9) ^ (column.to(tl.uint32) * 0x85EBCA6B)
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    x = x ^ (x >> 16)
-    return tl.where(x >= THRESHOLD, INVERSE, 0.0)
-
-
-@triton.jit
 def routing_weight(weights, ids, t, live, e, K: tl.constexpr):
     """Weight of expert `e` for each token; 0 for tokens that did not select it."""
     w = tl.zeros(t.shape, tl.float32)

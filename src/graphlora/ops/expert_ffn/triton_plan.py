@@ -17,7 +17,7 @@ from torch import Tensor
 
 # More sets than this would leave most tiles nearly empty; then tiles are cut from the sorted tokens regardless of sets.
 _MOST_SETS = 128
-_SORT_BLOCK = 128
+SORT_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -91,32 +91,33 @@ def _aligned(size: int) -> int:
     return -(-size // 4) * 4
 
 
+def plan_constants(shape: PlanShape) -> dict[str, Any]:
+    """Constants of the kernels that sort rows."""
+    sets = max(triton.next_power_of_2(shape.num_sets), 16)
+    return {
+        "K": shape.top_k, "N": shape.num_experts, "NP": triton.next_power_of_2(shape.num_experts),
+        "TILE": shape.tile, "CHUNK": shape.chunk, "SP": sets, "BLOCK": SORT_BLOCK, "COUNTED": 8192 // sets,
+    }  # fmt: skip
+
+
 def make_plan(top_k_index: Tensor, top_k_weights: Tensor, shape: PlanShape) -> Tensor:
     """The plan for `[rows, top_k]` selected experts and weights: a flat int32 tensor of `shape.numel` entries."""
     plan = torch.empty(shape.numel, dtype=torch.int32, device=top_k_index.device)
     order, weights, *pieces = shape.parts(plan)
-    sizes: dict[str, Any] = {
-        "K": shape.top_k, "N": shape.num_experts, "NP": triton.next_power_of_2(shape.num_experts),
-        "TILE": shape.tile, "CHUNK": shape.chunk,
-    }  # fmt: skip
     if shape.uniform:
-        blocks = triton.cdiv(shape.rows, _SORT_BLOCK)
-        sizes |= {"SP": max(triton.next_power_of_2(shape.num_sets), 16), "BLOCK": _SORT_BLOCK}
-        histogram = torch.empty(blocks, sizes["SP"], dtype=torch.int32, device=plan.device)
-        _histogram_kernel[(blocks,)](
-            top_k_index, histogram, shape.rows, K=sizes["K"], SP=sizes["SP"], BLOCK=_SORT_BLOCK
-        )
+        blocks = triton.cdiv(shape.rows, SORT_BLOCK)
         _sort_kernel[(blocks,)](
-            top_k_index, top_k_weights, histogram, order, weights, *pieces,
-            shape.rows, blocks, shape.tiles, shape.tiles + shape.chunks, **sizes,
+            top_k_index, top_k_weights, order, weights, *pieces,
+            shape.rows, blocks, shape.tiles, shape.tiles + shape.chunks, num_warps=8, **plan_constants(shape),
         )  # fmt: skip
         return plan
     chosen = top_k_index.sort(dim=1).values.long()
     place = shape.num_experts ** torch.arange(shape.top_k - 1, -1, -1, device=plan.device)
     order.copy_((chosen * place).sum(dim=1).argsort(stable=True))
     _cut_kernel[(shape.tiles,)](
-        top_k_index, order, *pieces, shape.rows, K=sizes["K"], N=sizes["N"], NP=sizes["NP"], TILE=shape.tile
-    )
+        top_k_index, order, *pieces, shape.rows, K=shape.top_k, N=shape.num_experts,
+        NP=triton.next_power_of_2(shape.num_experts), TILE=shape.tile,
+    )  # fmt: skip
     return plan
 
 
@@ -136,17 +137,6 @@ def _set_rank(ids, t, live, K: tl.constexpr):
     return rank
 
 
-@triton.jit(do_not_specialize=["T"])
-def _histogram_kernel(ids, histogram, T, K: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows per set in each block of rows."""
-    block = tl.program_id(0)
-    t = block * BLOCK + tl.arange(0, BLOCK)
-    live = t < T
-    key = tl.where(live, _set_rank(ids, t, live, K), -1)
-    sets = tl.arange(0, SP)
-    tl.store(histogram + block * SP + sets, tl.sum((key[:, None] == sets[None, :]).to(tl.int32), 0))
-
-
 @triton.jit
 def _binomial(n, m: tl.constexpr):
     """`C(n, m)`, elementwise."""
@@ -158,29 +148,41 @@ def _binomial(n, m: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "blocks", "tiles", "pieces"])
 def _sort_kernel(
-    ids, weights, histogram, order, sorted_weights, start_ptr, end_ptr, count_ptr, experts_ptr,
-    T, blocks, tiles, pieces,
+    ids, weights, order, sorted_weights, start_ptr, end_ptr, count_ptr, experts_ptr, T, blocks, tiles, pieces,
     K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr,
+    COUNTED: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    sort_block(
+        tl.program_id(0), ids, weights, order, sorted_weights, start_ptr, end_ptr, count_ptr, experts_ptr,
+        T, blocks, tiles, pieces, K, N, NP, SP, BLOCK, COUNTED, TILE, CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit
+def sort_block(
+    block, ids, weights, order, sorted_weights, start_ptr, end_ptr, count_ptr, experts_ptr, T, blocks, tiles, pieces,
+    K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
+    COUNTED: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Stable counting sort of a block's rows by their set of experts; every program also describes some pieces.
 
-    A piece is a tile, or, after all tiles, a chunk: its rows, and its experts in ascending order, which follow from
-    the rank of its set. Unused pieces are empty.
+    Every program counts all rows, COUNTED at a time: cheaper than a launch that counts them once. A piece is a tile,
+    or, after all tiles, a chunk: its rows, and its experts in ascending order, which follow from the rank of its set.
+    Unused pieces are empty.
     """
-    block = tl.program_id(0)
     t = block * BLOCK + tl.arange(0, BLOCK)
     live = t < T
     sets = tl.arange(0, SP)
-    total = tl.zeros((SP,), tl.int32)
-    earlier = tl.zeros((SP,), tl.int32)
-    for first in range(0, blocks, 16):
-        other = first + tl.arange(0, 16)
-        counts = tl.load(
-            histogram + other[:, None] * SP + sets[None, :], mask=(other < blocks)[:, None], other=0
-        )
-        total += tl.sum(counts, 0)
-        earlier += tl.sum(tl.where((other < block)[:, None], counts, 0), 0)
+    counts = tl.zeros((COUNTED, SP), tl.int32)
+    counts_before = tl.zeros((COUNTED, SP), tl.int32)
+    for first in tl.range(0, T, COUNTED, num_stages=3):
+        other = first + tl.arange(0, COUNTED)
+        key = tl.where(other < T, _set_rank(ids, other, other < T, K), -1)
+        hits = (key[:, None] == sets[None, :]).to(tl.int32)
+        counts += hits
+        counts_before += tl.where((other < block * BLOCK)[:, None], hits, 0)
+    total = tl.sum(counts, 0)
+    earlier = tl.sum(counts_before, 0)
     begin = tl.cumsum(total, 0) - total
     key = tl.where(live, _set_rank(ids, t, live, K), -1)
     mine = (key[:, None] == sets[None, :]).to(tl.int32)

@@ -47,6 +47,18 @@ class RouterWeights(NamedTuple):
         return self.graph.shape[0] == self.features.shape[0] + 1
 
 
+class Beside(NamedTuple):
+    """What `graph_route_beside` gives besides the routing.
+
+    Attributes:
+        x: the tokens, for all further uses: the gradient that they give is added in the router's own kernel.
+        low: `x [gate_A; up_A]^T`, `[tokens, 2 N r]`, float32; None where no matrices were given.
+    """
+
+    x: Tensor
+    low: Tensor | None
+
+
 class PreparedRouter(NamedTuple):
     """What `prepare_router` makes of the weights; valid until they change.
 
@@ -95,12 +107,39 @@ def graph_route_triton(
         router_logits and router_probs `[tokens, N]`, top_k_weights `[tokens, K]`, float32, and top_k_index
         `[tokens, K]`, int64, in descending order of probability; ties go to the lowest index.
     """
+    return graph_route_beside(x, weights, top_k, norm_topk_prob)[0]
+
+
+def graph_route_beside(
+    x: Tensor,
+    weights: RouterWeights,
+    top_k: int,
+    norm_topk_prob: bool = True,
+    matrices: tuple[Tensor, Tensor] | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Beside]:
+    """`graph_route_triton` for a block that has its own products with the same tokens.
+
+    Args:
+        x: see `graph_route_triton`.
+        weights: likewise.
+        top_k: likewise.
+        norm_topk_prob: likewise.
+        matrices: A of gate and up, `[N, r, d]` each, of one size. Their product with x and P_x's become one, forward
+            and backward.
+
+    Returns:
+        What `graph_route_triton` returns, and the rest.
+    """
     w = weights
     # The kernels read rows without a stride.
     inputs = (x, w.token_proj, w.features, w.conv, w.self_weight, w.out, w.graph, w.logit_offset)
     inputs = tuple(t if t is None else t.contiguous() for t in inputs)
     eps = -1.0 if w.eps is None else w.eps
-    return _GraphRoute.apply(*inputs, w.residual, w.act, eps, w.graph_normalized, top_k, norm_topk_prob)
+    given = (None, None) if matrices is None else (matrices[0].contiguous(), matrices[1].contiguous())
+    *routing, passed, low = _GraphRoute.apply(
+        *inputs, *given, w.residual, w.act, eps, w.graph_normalized, top_k, norm_topk_prob
+    )
+    return tuple(routing), Beside(passed, low)  # pyright: ignore[reportReturnType] - four of them
 
 
 @torch.no_grad()
@@ -164,54 +203,71 @@ class _GraphRoute(torch.autograd.Function):
         out: Tensor,
         graph: Tensor,
         logit_offset: Tensor | None,
+        gate_A: Tensor | None,
+        up_A: Tensor | None,
         residual: float,
         act: str,
         eps: float,
         graph_normalized: bool,
         top_k: int,
         norm_topk_prob: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See `graph_route_triton`."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """See `graph_route_beside`."""
         ops = torch.ops.graphlora
         static, proj, conv_rounded, self_rounded, square_sum = ops.graph_route_prepare(
-            features, conv, self_weight, graph, token_proj, x, residual, act, graph_normalized, eps >= 0, True
-        )
+            features, conv, self_weight, graph, token_proj, x, residual, act, graph_normalized, eps >= 0, True,
+            gate_A, up_A,
+        )  # fmt: skip
         proj, conv_used = _rounded_or(proj, token_proj), _rounded_or(conv_rounded, conv)
         self_used = None if self_weight is None else _rounded_or(self_rounded, self_weight)
         z = ops.graph_route_project(x, proj)
         logits, probs, weights, index, vq = ops.graph_route_finish(
-            z, square_sum, static, conv_used, self_used, out, logit_offset, features.shape[0], x.shape[1],
-            act, residual, eps, top_k, norm_topk_prob, x.dtype == torch.float32,
+            z[:, : len(token_proj)], square_sum, static, conv_used, self_used, out, logit_offset, features.shape[0],
+            x.shape[1], act, residual, eps, top_k, norm_topk_prob, x.dtype == torch.float32,
         )  # fmt: skip
         ctx.save_for_backward(
             x, proj, features, conv, self_weight, conv_used, self_used, out, graph, z, square_sum, vq, static,
             probs, index,
         )  # fmt: skip
         ctx.settings = (residual, act, eps, norm_topk_prob, graph_normalized)
-        ctx.proj_dtype = token_proj.dtype
+        ctx.proj_dtypes = [None if t is None else (t.dtype, t.shape) for t in (token_proj, gate_A, up_A)]
         ctx.mark_non_differentiable(index)
         ctx.set_materialize_grads(False)
-        return logits, probs, weights, index
+        return (
+            logits,
+            probs,
+            weights,
+            index,
+            x.view_as(x),
+            None if gate_A is None else z[:, len(token_proj) :],
+        )
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x and of all weights."""
-        grads = grad_outputs[:3]
-        if all(grad is None for grad in grads):
-            return (None,) * 14
+        grads, (passed, low) = grad_outputs[:3], grad_outputs[4:]
+        if low is None and all(grad is None for grad in grads):
+            return passed, *(None,) * 15
         wanted = ctx.needs_input_grad
         grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph = (
             torch.ops.graphlora.graph_route_backward(
-                *grads, *ctx.saved_tensors, *ctx.settings, wanted[6], wanted[0]
+                *grads, passed, low, *ctx.saved_tensors, *ctx.settings, wanted[6], wanted[0]
             )
         )
+        rows = [0 if t is None else t[1][:-1].numel() for t in ctx.proj_dtypes]
+        of_proj = [
+            None if t is None else share.to(t[0]).view(t[1])
+            for t, share in zip(ctx.proj_dtypes, grad_proj.split(rows), strict=True)
+        ]
         return (
             grad_x if wanted[0] else None,
-            grad_proj.to(ctx.proj_dtype),
+            of_proj[0],
             grad_features,
             grad_conv,
             grad_self if wanted[4] else None,
             grad_out,
             grad_graph if wanted[6] else None,
-            *(None,) * 7,
+            None,
+            *of_proj[1:],
+            *(None,) * 6,
         )

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from graphlora.ops.backend import interprets_triton
+from graphlora.ops.triton_rounding import narrowed
 
 # The interpreter would multiply the bit patterns of bfloat16 numbers.
 _INTERPRETED = tl.constexpr(interprets_triton())
@@ -63,16 +64,6 @@ def activation_and_slope(x, ACT: tl.constexpr, PRECISE: tl.constexpr):
         y = x * gate
         s = gate + y * (1 - gate)
     return y, s
-
-
-@triton.jit
-def narrowed(x, DTYPE: tl.constexpr):
-    """`x` in another floating dtype, rounded to nearest; the interpreter by itself would cut to bfloat16."""
-    if _INTERPRETED and tl.bfloat16 == DTYPE and x.dtype == tl.float32:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit

@@ -15,9 +15,11 @@ from graphlora.ops.graph_route import triton_nodes as nodes
 from graphlora.ops.graph_route import triton_static as static_part
 from graphlora.ops.graph_route import triton_tokens as tokens_part
 
+# Tokens, columns and registers of the kernel that ends the gradient of x: with more registers fewer programs fit.
+_INPUT_TOKENS, _INPUT_COLUMNS, _INPUT_REGISTERS = 128, 128, 128
 # Layer 2's inputs and gradients exist for this many bytes of tokens at a time, in backward alone.
 _SCRATCH_BYTES = 256 * 2**20
-_COPY_BLOCK, _STATIC_COLUMNS, _TOKEN_COLUMNS = 4096, 16, 64
+_COPY_BLOCK, _STATIC_COLUMNS, _TOKEN_COLUMNS, _SUM_COLUMNS = 4096, 16, 64, 32
 # Numbers of x that a program reads for its sums of squares, and how many of one token at a time.
 _SQUARES, _LONGEST = 8192, 4096
 # Tiles of node rows in 16 bits: rows, warps, and how many steps ahead layer 2's weights are read. With more rows the
@@ -131,6 +133,7 @@ def product_float32(a: Tensor, b: Tensor) -> Tensor:
 def prepare(
     features: Tensor, conv: Tensor, self_weight: Tensor | None, graph: Tensor, token_proj: Tensor, x: Tensor,
     residual: float, act: str, graph_normalized: bool, square_sums: bool, project: bool,
+    gate_A: Tensor | None = None, up_A: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """One launch: everything that does not depend on the token, and the sums of squares of the tokens.
 
@@ -146,9 +149,12 @@ def prepare(
         graph_normalized: whether `graph` is Â.
         square_sums: whether to sum the squares of each token.
         project: whether P_x is needed in the dtype of x.
+        gate_A: rows `[..., d]` to stack below P_x, for one product with all of them; or None.
+        up_A: likewise, below these, of the same size.
 
     Returns:
-        static, P_x, W and S rounded for products (empty where they need no copy), sums of squares `[tokens]` or empty.
+        static, P_x (and what is below it), W and S rounded for products (empty where they need no copy), sums of
+        squares `[tokens]` or empty.
     """
     outputs = _prepare_fake(
         features,
@@ -162,6 +168,8 @@ def prepare(
         graph_normalized,
         square_sums,
         project,
+        gate_A,
+        up_A,
     )
     static, proj_rounded, conv_rounded, self_rounded, square_sum = outputs
     num_experts, g = features.shape
@@ -171,13 +179,19 @@ def prepare(
     rows = _SQUARES // row_block
     blocks = [
         triton.cdiv(g, _STATIC_COLUMNS),
-        *(triton.cdiv(t.numel(), _COPY_BLOCK) for t in (proj_rounded, conv_rounded, self_rounded)),
+        triton.cdiv(token_proj.numel() if proj_rounded.numel() else 0, _COPY_BLOCK),
+        *(triton.cdiv(t.numel(), _COPY_BLOCK) for t in (conv_rounded, self_rounded)),
         triton.cdiv(square_sum.numel(), rows),
     ]
-    static_part.prepare_kernel[(sum(blocks),)](
+    beside_size = 0 if gate_A is None else gate_A.numel()
+    beside_blocks = triton.cdiv(beside_size, _COPY_BLOCK)
+    half = g + beside_size // d
+    static_part.prepare_kernel[(sum(blocks) + 2 * beside_blocks,)](
         features, conv, conv if self_weight is None else self_weight, graph, static, token_proj, proj_rounded,
-        conv_rounded, self_rounded, x, square_sum, residual, tokens, d, num_experts, g,
-        blocks[0], token_proj.numel(), blocks[1], conv.numel(), blocks[2], blocks[3],
+        conv_rounded, self_rounded, x, square_sum,
+        *(static if t is None else t for t in (gate_A, proj_rounded[g:], up_A, proj_rounded[half:])),
+        residual, tokens, d, num_experts, g,
+        blocks[0], token_proj.numel(), blocks[1], conv.numel(), blocks[2], blocks[3], beside_size, beside_blocks,
         BJ=_STATIC_COLUMNS, BR=rows, BD=row_block, BLOCK=_COPY_BLOCK, ACT=act, SELF=self_weight is not None,
         RESIDUAL=residual != 0, GIVEN=graph_normalized, **_static_tiles(num_experts, tiles.width),
     )  # fmt: skip
@@ -195,17 +209,24 @@ def _static_tiles(num_experts: int, width: int) -> dict[str, int]:
 def _prepare_fake(
     features: Tensor, conv: Tensor, self_weight: Tensor | None, graph: Tensor, token_proj: Tensor, x: Tensor,
     residual: float, act: str, graph_normalized: bool, square_sums: bool, project: bool,
+    gate_A: Tensor | None = None, up_A: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     num_experts, g = features.shape
     weights_dtype = conv.dtype if x.dtype == torch.float32 else torch.float16
     size = (2 * num_experts + 1) * (g + 1) + num_experts * num_experts
     return (
         x.new_empty(size, dtype=torch.float32),
-        _copied(token_proj, x.dtype) if project else x.new_empty(0),
+        _room_for_proj(token_proj, x, project, 0 if gate_A is None else 2 * gate_A.numel()),
         _copied(conv, weights_dtype),
         conv.new_empty(0) if self_weight is None else _copied(self_weight, weights_dtype),
         x.new_empty(len(x) if square_sums else 0, dtype=torch.float32),
     )
+
+
+def _room_for_proj(token_proj: Tensor, x: Tensor, project: bool, beside: int) -> Tensor:
+    if beside:
+        return x.new_empty(len(token_proj) + beside // x.shape[1], x.shape[1])
+    return _copied(token_proj, x.dtype) if project else x.new_empty(0)
 
 
 def finish(
@@ -274,19 +295,22 @@ def _finish_fake(
 
 def backward(
     grad_logits: Tensor | None, grad_probs: Tensor | None, grad_weights: Tensor | None,
+    grad_passed: Tensor | None, grad_low: Tensor | None,
     x: Tensor, proj: Tensor, features: Tensor, conv: Tensor, self_weight: Tensor | None,
     conv_rounded: Tensor, self_rounded: Tensor | None, out: Tensor, graph: Tensor,
     z: Tensor, square_sum: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
     residual: float, act: str, eps: float, norm_topk_prob: bool, graph_normalized: bool, graph_grad: bool, x_grad: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, P_x, the expert features, W, S, p and Â; empty where not asked for. Eight launches but for Â.
+    """Gradients of x, P_x, the expert features, W, S, p and Â; empty where not asked for. Seven launches but for Â.
 
-    `proj`, `conv_rounded` and `self_rounded` are as the products of the forward pass took them.
+    `proj`, `conv_rounded` and `self_rounded` are as the products of the forward pass took them; z and the gradient of
+    `proj` belong to all of its rows. `grad_passed` is what other uses of x give it; `grad_low` the gradient of x times
+    the rows below P_x.
     """
     outputs = _backward_fake(
-        grad_logits, grad_probs, grad_weights, x, proj, features, conv, self_weight, conv_rounded, self_rounded,
-        out, graph, z, square_sum, vq, static, probs, index, residual, act, eps, norm_topk_prob, graph_normalized,
-        graph_grad, x_grad,
+        grad_logits, grad_probs, grad_weights, grad_passed, grad_low,
+        x, proj, features, conv, self_weight, conv_rounded, self_rounded, out, graph, z, square_sum, vq, static,
+        probs, index, residual, act, eps, norm_topk_prob, graph_normalized, graph_grad, x_grad,
     )  # fmt: skip
     grad_x, _, grad_features, grad_conv, grad_self, grad_out, _ = outputs
     (tokens, d), (num_experts, g) = x.shape, features.shape
@@ -296,17 +320,26 @@ def backward(
     if tokens == 0:
         return tuple(t.zero_() for t in outputs)
     common = {"ACT": act, "SELF": has_self}
-    grad_vq, second_layer, sums, edges = _node_gradients(
+    grad_vq, second_layer, partial, edges = _node_gradients(
         grad_logits, grad_probs, grad_weights, conv_rounded, own_rounded, out, vq, static, probs, index,
         tiles, residual, norm_topk_prob, graph_grad, common,
     )  # fmt: skip
     token_features = torch.empty_like(grad_vq[:, :g], memory_format=torch.contiguous_format)
-    grad_z = x.new_empty(tokens, g)
-    columns = min(tiles.width, _TOKEN_COLUMNS)
-    pull = square_sum.new_empty(tiles.width // columns, len(square_sum))
-    tokens_part.tokens_backward_kernel[(triton.cdiv(tokens, tiles.token_rows), tiles.width // columns)](
-        z, square_sum, conv_rounded, own_rounded, grad_vq, token_features, grad_z, pull, tokens, d, eps, g,
-        BI=columns, NORM=eps >= 0, num_warps=4, num_stages=2, **common, **tiles.token_constants,
+    columns = len(proj)
+    grad_z = x.new_empty(tokens, columns)
+    if columns > g:
+        grad_low = z.new_zeros(tokens, columns - g) if grad_low is None else grad_low.contiguous()
+    width = min(tiles.width, _TOKEN_COLUMNS)
+    pull = square_sum.new_empty(tiles.width // width, len(square_sum))
+    sums = torch.empty_like(partial[0])
+    token_blocks = triton.cdiv(tokens, tiles.token_rows)
+    grid = (token_blocks + triton.cdiv(sums.numel(), _SUM_COLUMNS), len(pull))
+    tokens_part.tokens_backward_kernel[grid](
+        z, square_sum, conv_rounded, own_rounded, grad_vq, token_features, z if grad_low is None else grad_low,
+        grad_z, pull, partial, sums,
+        tokens, d, eps, g, z.stride(0), columns, token_blocks, len(partial), sums.numel(),
+        BI=width, BR=128, BC=_SUM_COLUMNS, NORM=eps >= 0, num_warps=4, num_stages=2,
+        **common, **tiles.token_constants,
     )  # fmt: skip
     first_layer = product_float32(grad_vq.T, token_features)
     blocks = triton.cdiv(g, _STATIC_COLUMNS)
@@ -321,15 +354,33 @@ def backward(
         _graph_gradient(edges, grad_mixing.sum(dim=0), num_experts, residual) if graph_grad else outputs[6]
     )
     if x_grad:
-        rows, block, stages, programs = _input_tiles(tiles)
-        parts = triton.cdiv(programs, triton.cdiv(tokens, rows))
-        step = triton.cdiv(triton.cdiv(d, parts), block) * block
-        tokens_part.input_gradient_kernel[(triton.cdiv(d, step), triton.cdiv(tokens, rows))](
-            grad_z, proj, pull, x, grad_x, tokens, d, g, step, BT=rows, BD=block, G=tiles.width, PULLS=len(pull),
-            STAGES=stages, NORM=eps >= 0, PRECISE=tiles.precise, num_warps=8,
-        )  # fmt: skip
+        _input_gradient(grad_z, proj, pull, x, grad_passed, grad_x, tiles, g, eps >= 0)
     grad_proj = product_float32(grad_z.T, x)
     return grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph
+
+
+def _input_gradient(
+    grad_z: Tensor, proj: Tensor, pull: Tensor, x: Tensor, grad_passed: Tensor | None, grad_x: Tensor,
+    tiles: _Tiles, g: int, normalized: bool,
+) -> None:  # fmt: skip
+    """Writes `grad_x`; a block's products beside the router, and its gradient of x, take a kernel of their own."""
+    (tokens, d), columns = x.shape, len(proj)
+    constants = {"PULLS": len(pull), "NORM": normalized, "PRECISE": tiles.precise, "num_warps": 8}
+    if grad_passed is not None or columns > g:
+        rows, wide = (64, 64) if tiles.precise else (_INPUT_TOKENS, _INPUT_COLUMNS)
+        base = x if grad_passed is None else grad_passed.contiguous()
+        tokens_part.block_gradient_kernel[(triton.cdiv(d, wide), triton.cdiv(tokens, rows))](
+            grad_z, proj, pull, x, base, grad_x, tokens, d, columns, BT=rows, BD=wide,
+            G=tiles.depth * triton.cdiv(columns, tiles.depth), BK=tiles.depth, BASE=grad_passed is not None,
+            num_stages=2, maxnreg=_INPUT_REGISTERS, **constants,
+        )  # fmt: skip
+        return
+    rows, block, stages, programs = _input_tiles(tiles)
+    parts = triton.cdiv(programs, triton.cdiv(tokens, rows))
+    step = triton.cdiv(triton.cdiv(d, parts), block) * block
+    tokens_part.input_gradient_kernel[(triton.cdiv(d, step), triton.cdiv(tokens, rows))](
+        grad_z, proj, pull, x, grad_x, tokens, d, g, step, BT=rows, BD=block, G=tiles.width, STAGES=stages, **constants,
+    )  # fmt: skip
 
 
 def _node_gradients(
@@ -337,7 +388,10 @@ def _node_gradients(
     conv: Tensor, own: Tensor, out: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
     tiles: _Tiles, residual: float, norm_topk_prob: bool, graph_grad: bool, common: dict[str, str | bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of v (and q), of layer 2's weights, of c, p and the residual's rows, and of the graph."""
+    """Gradients of v (and q) and of layer 2's weights; every tile's shares of the others.
+
+    These are of c, p and the residual's rows, `[tiles, rows, g]`, and of the graph.
+    """
     (tokens, num_experts), (width, g) = probs.shape, (vq.shape[1], out.shape[0])
     dtype = torch.float32 if tiles.precise else torch.bfloat16
     rows = 2 * num_experts + 2 if residual else num_experts + 2
@@ -370,7 +424,7 @@ def _node_gradients(
             share = product_float32(grad_rows.T, features)
         second_layer = share if second_layer is None else second_layer + share
     assert second_layer is not None
-    return grad_vq, second_layer.float(), partial.sum(dim=0), edges
+    return grad_vq, second_layer.float(), partial, edges
 
 
 def _graph_gradient(edges: Tensor, grad_mixing: Tensor, num_experts: int, residual: float) -> Tensor:
@@ -384,6 +438,7 @@ def _graph_gradient(edges: Tensor, grad_mixing: Tensor, num_experts: int, residu
 
 def _backward_fake(
     grad_logits: Tensor | None, grad_probs: Tensor | None, grad_weights: Tensor | None,
+    grad_passed: Tensor | None, grad_low: Tensor | None,
     x: Tensor, proj: Tensor, features: Tensor, conv: Tensor, self_weight: Tensor | None,
     conv_rounded: Tensor, self_rounded: Tensor | None, out: Tensor, graph: Tensor,
     z: Tensor, square_sum: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
@@ -392,7 +447,7 @@ def _backward_fake(
     nodes_and_token = features.shape[0] + 1
     return (
         x.new_empty(x.shape if x_grad else (0,)),
-        x.new_empty(features.shape[1], x.shape[1], dtype=torch.float32),
+        x.new_empty(proj.shape, dtype=torch.float32),
         torch.empty_like(features, memory_format=torch.contiguous_format),
         torch.empty_like(conv, memory_format=torch.contiguous_format),
         conv.new_empty(0 if self_weight is None else self_weight.shape),
@@ -403,7 +458,8 @@ def _backward_fake(
 
 _library.define(
     "graph_route_prepare(Tensor features, Tensor conv, Tensor? self_weight, Tensor graph, Tensor token_proj, Tensor x, "
-    "float residual, str act, bool graph_normalized, bool square_sums, bool project) "
+    "float residual, str act, bool graph_normalized, bool square_sums, bool project, Tensor? gate_A=None, "
+    "Tensor? up_A=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -412,10 +468,11 @@ _library.define(
     "bool precise) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "graph_route_backward(Tensor? grad_logits, Tensor? grad_probs, Tensor? grad_weights, Tensor x, Tensor proj, "
-    "Tensor features, Tensor conv, Tensor? self_weight, Tensor conv_rounded, Tensor? self_rounded, Tensor out, "
-    "Tensor graph, Tensor z, Tensor square_sum, Tensor vq, Tensor static, Tensor probs, Tensor index, float residual, "
-    "str act, float eps, bool norm_topk_prob, bool graph_normalized, bool graph_grad, bool x_grad) "
+    "graph_route_backward(Tensor? grad_logits, Tensor? grad_probs, Tensor? grad_weights, Tensor? grad_passed, "
+    "Tensor? grad_low, Tensor x, Tensor proj, Tensor features, Tensor conv, Tensor? self_weight, "
+    "Tensor conv_rounded, Tensor? self_rounded, Tensor out, Tensor graph, Tensor z, Tensor square_sum, Tensor vq, "
+    "Tensor static, Tensor probs, Tensor index, float residual, str act, float eps, bool norm_topk_prob, "
+    "bool graph_normalized, bool graph_grad, bool x_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("graph_route_project(Tensor x, Tensor proj) -> Tensor")

@@ -113,7 +113,9 @@ def _rounded_copy(block, source, target, size, BLOCK: tl.constexpr):
 @triton.jit
 def prepare_kernel(
     features, conv, self_weight, adjacency, static, proj, proj_rounded, conv_rounded, self_rounded, x, square_sum,
+    gate_A, gate_A_rounded, up_A, up_A_rounded,
     residual, T, d, N, g, static_blocks, proj_size, proj_blocks, conv_size, conv_blocks, self_blocks,
+    beside_size, beside_blocks,
     NQ: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
     ACT: tl.constexpr, SELF: tl.constexpr, RESIDUAL: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +124,9 @@ def prepare_kernel(
     proj_from = static_blocks
     conv_from = proj_from + proj_blocks
     self_from = conv_from + conv_blocks
-    rows_from = self_from + self_blocks
+    gate_from = self_from + self_blocks
+    up_from = gate_from + beside_blocks
+    rows_from = up_from + beside_blocks
     if block < proj_from:
         _static_part(
             block, features, conv, self_weight, adjacency, static, residual, N, g,
@@ -132,8 +136,12 @@ def prepare_kernel(
         _rounded_copy(block - proj_from, proj, proj_rounded, proj_size, BLOCK)
     elif block < self_from:
         _rounded_copy(block - conv_from, conv, conv_rounded, conv_size, BLOCK)
-    elif block < rows_from:
+    elif block < gate_from:
         _rounded_copy(block - self_from, self_weight, self_rounded, conv_size, BLOCK)
+    elif block < up_from:
+        _rounded_copy(block - gate_from, gate_A, gate_A_rounded, beside_size, BLOCK)
+    elif block < rows_from:
+        _rounded_copy(block - up_from, up_A, up_A_rounded, beside_size, BLOCK)
     else:
         _square_sums(block - rows_from, x, square_sum, T, d, BR, BD)
 

@@ -51,16 +51,36 @@ def tokens_forward_kernel(
 
 
 @triton.jit
+def _sum_tiles(block, partial, sums, tiles, size, BR: tl.constexpr, BC: tl.constexpr):
+    """Adds the tiles of `partial` `[tiles, size]`, in a fixed order."""
+    c = block * BC + tl.arange(0, BC)
+    total = tl.zeros((BR, BC), tl.float32)
+    for first in range(0, tiles, BR):
+        row = first + tl.arange(0, BR)
+        live = (row < tiles)[:, None] & (c < size)[None, :]
+        total += tl.load(partial + row.to(tl.int64)[:, None] * size + c[None, :], mask=live, other=0.0)
+    tl.store(sums + c, tl.sum(total, axis=0), mask=c < size)
+
+
+@triton.jit
 def tokens_backward_kernel(
-    z, square_sum, conv, self_weight, grad_vq, features, grad_z, pull, T, d, eps, g,
+    z, square_sum, conv, self_weight, grad_vq, features, grad_low, grad_z, pull, partial, sums,
+    T, d, eps, g, z_stride, columns, token_blocks, tiles, size,
     BT: tl.constexpr, G: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
     SELF: tl.constexpr, NORM: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of z, x' again for the gradient of W_1, and what the normalization pulls x towards zero by.
 
     With `r = 1 / rms(x)` and `y = r z`: `dx = (r dy) P_x - r^2 <dy, y> / d * x`, because scaling x changes nothing.
-    `pull` is `[blocks of BI columns, T]`, each block's share of the second factor.
+    `pull` is `[blocks of BI columns, T]`, each block's share of the second factor. `grad_z` is `[T, columns]`; from
+    column g on it takes `grad_low`, for the products that both are part of. Programs from `token_blocks` on add up
+    `partial`, the tiles' shares of other gradients.
     """
+    if tl.program_id(0) >= token_blocks:
+        if tl.program_id(1) == 0:
+            _sum_tiles(tl.program_id(0) - token_blocks, partial, sums, tiles, size, BR, BC)
+        return
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     width = 2 * g if SELF else g
@@ -78,7 +98,7 @@ def tokens_backward_kernel(
             acc = dot(tl.load(grad_vq + at + g, mask=live, other=0.0), w, acc, PRECISE)
     live = (t < T)[:, None] & (i < g)[None, :]
     at = t.to(tl.int64)[:, None] * g + i[None, :]
-    y = tl.load(z + at, mask=live, other=0.0)
+    y = tl.load(z + t.to(tl.int64)[:, None] * z_stride + i[None, :], mask=live, other=0.0)
     if NORM:
         inverse = _inverse_rms(square_sum, t, T, d, eps)
         y *= inverse[:, None]
@@ -89,7 +109,17 @@ def tokens_backward_kernel(
         share = inverse * inverse * tl.sum(grad * y, axis=1) / d
         tl.store(pull + tl.program_id(1).to(tl.int64) * T + t, share, mask=t < T)
         grad *= inverse[:, None]
+    at = t.to(tl.int64)[:, None] * columns + i[None, :]
     tl.store(grad_z + at, narrowed(grad, grad_z.dtype.element_ty), mask=live)
+    if tl.program_id(1) == 0:
+        for start in range(0, columns - g, BK):
+            k = start + tl.arange(0, BK)
+            inside = (t < T)[:, None] & (k < columns - g)[None, :]
+            low = tl.load(
+                grad_low + t.to(tl.int64)[:, None] * (columns - g) + k[None, :], mask=inside, other=0.0
+            ).to(tl.float32)
+            place = t.to(tl.int64)[:, None] * columns + g + k[None, :]
+            tl.store(grad_z + place, narrowed(low, grad_z.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -123,3 +153,38 @@ def input_gradient_kernel(
         if NORM:
             acc -= share[:, None] * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
         tl.store(grad_x + at, narrowed(acc, grad_x.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def block_gradient_kernel(
+    grad_z, proj, pull, x, base, grad_x, T, d, columns,
+    BT: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, PULLS: tl.constexpr, NORM: tl.constexpr,
+    BASE: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """`dx = base + [dz | d low] [P_x; A] - pull * x`, where the router's block gives x more gradients.
+
+    `columns` is how many columns the left factor has; G is that, rounded up to BK.
+    """
+    k = tl.program_id(0) * BD + tl.arange(0, BD)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    row = t.to(tl.int64)[:, None]
+    acc = tl.zeros((BT, BD), tl.float32)
+    for start in range(0, G, BK):
+        i = start + tl.arange(0, BK)
+        left = tl.load(
+            grad_z + row * columns + i[None, :], mask=(t < T)[:, None] & (i < columns)[None, :], other=0.0
+        )
+        right = tl.load(
+            proj + i[:, None] * d + k[None, :], mask=(i < columns)[:, None] & (k < d)[None, :], other=0.0
+        )
+        acc = dot(left, right, acc, PRECISE)
+    at = row * d + k[None, :]
+    live = (t < T)[:, None] & (k < d)[None, :]
+    if NORM:
+        share = tl.zeros((BT,), tl.float32)
+        for part in tl.static_range(PULLS):
+            share += tl.load(pull + part * T + t, mask=t < T, other=0.0)
+        acc -= share[:, None] * tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    if BASE:
+        acc += tl.load(base + at, mask=live, other=0.0).to(tl.float32)
+    tl.store(grad_x + at, narrowed(acc, grad_x.dtype.element_ty), mask=live)
