@@ -14,8 +14,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from reliability.launching import EFFICIENT, FSDP, make_model, make_rows, start
+from reliability.launching import EFFICIENT, FSDP, make_rows, start
 from reliability.record import write_record
+from reliability.tiny import make_model
 
 ROWS_PER_STEP = 8
 GRAPHLORA = {"method": "graphlora", "num_experts": 4, "top_k": 2, "router_hidden_size": 16}

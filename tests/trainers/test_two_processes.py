@@ -1,13 +1,10 @@
 """Two processes (gloo): loads and the normal loss see both, the auxiliary loss keeps its weight, state stays equal."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from reliability.launching import launch
 from tiny_llama import assert_same, gradients, loads, make_batch, make_model
 from tiny_trainers import by_hand, router_part, run_sft, run_trainer
 from two_ranks import EQUAL, LENGTHS, NORMAL_ONLY, POISSON_ONLY
@@ -19,29 +16,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 def ranks(tmp_path_factory):
     """What each rank saved; one start of two processes serves all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = [sys.executable, str(SUPPORT / "two_ranks.py"), str(folder)]
-    processes = [
-        subprocess.Popen(
-            script,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+    launch([SUPPORT / "two_ranks.py", folder], 2, timeout=300.0)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
