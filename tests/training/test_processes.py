@@ -1,6 +1,5 @@
 """Training in two processes (gloo), with the base whole (DDP) and sharded (FSDP2), is training in one."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -28,18 +27,14 @@ TOLERANCE = 2e-5
 class Runs:
     """Recipes of the same training, for one process and for two."""
 
-    def __init__(self, folder: Path, model: Path, equal: Path, unequal: Path) -> None:
-        self.folder, self.model = folder, model
-        self.data = {"graphlora": equal, "lora": unequal}
+    def __init__(self, folder: Path, model: Path, data: Path) -> None:
+        self.folder, self.model, self.data = folder, model, data
 
     def recipe(self, name: str, method: str, processes: int = 1, **changes) -> dict:
-        """Eight rows per step, half at a time; rows of unequal length for plain LoRA; an odd number to validate on.
-
-        The auxiliary losses weight a process by its labels, so they are those of one process for equal rows only.
-        """
+        """Eight rows of unequal length per step, half at a time; an odd number of rows to validate on."""
         options = {
             "model": str(self.model),
-            "task": str(self.data[method]),
+            "task": str(self.data),
             "output_dir": str(self.folder / name),
             "dtype": "float32",
             "r": 4,
@@ -61,10 +56,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_model, choices_file) -> Runs:
-    folder = tmp_path_factory.mktemp("processes")
-    lines = [json.dumps({"prompt": "What color is the", "completion": f" {n % 10}"}) for n in range(40)]
-    (folder / "equal.jsonl").write_text("\n".join(lines) + "\n")
-    return Runs(folder, tiny_model, folder / "equal.jsonl", choices_file)
+    return Runs(tmp_path_factory.mktemp("processes"), tiny_model, choices_file)
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +129,12 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["lora", "graphlora"])
 def test_two_processes_learn_what_one_learns(runs, two, one, way, method):
-    """With accumulation, and for plain LoRA with rows of unequal length: labels are counted over both processes."""
+    """With accumulation and rows of unequal length: labels and tokens are counted over both processes."""
     expected = [entry["loss"] for entry in one[method].history if "loss" in entry]
     for rank in two[f"{way} {method}"]:
         assert rank["losses"] == pytest.approx(expected, rel=TOLERANCE)
         # The loss on unequal rows is a mean of batches' means in Trainer, so it depends on how they are split.
-        for name in rank["metrics"].keys() - ({"eval_loss"} if method == "lora" else set()):
+        for name in rank["metrics"].keys() - {"eval_loss"}:
             assert rank["metrics"][name] == pytest.approx(one[method].metrics[name], rel=TOLERANCE), name
     assert_close(one[method].output_dir, runs.folder / f"{way} {method}", 10 * TOLERANCE)
 
