@@ -39,8 +39,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(folder: Path, hidden_size: int = 32, layers: int = 2, window: int = 128) -> Path:
-    """A random Llama with the tokenizer of `make_tokenizer`; returns its folder."""
+def make_model(
+    folder: Path, hidden_size: int = 32, layers: int = 2, window: int = 128, shard_size: str = "50GB"
+) -> Path:
+    """A random Llama with the tokenizer of `make_tokenizer`, in files of that size; returns its folder."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -55,7 +57,7 @@ def make_model(folder: Path, hidden_size: int = 32, layers: int = 2, window: int
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
     return folder
 
