@@ -1,6 +1,6 @@
 """Loading a base takes no second copy of it: memory of `graphlora train` while it loads and takes a step.
 
-Run as `python -m reliability.loading_once [--layers 12]`, with a random Llama of 1.8 GB in float32, stored in ten files:
+Run as `python -m reliability.loading_once [--layers 12]`, with a random Llama of 1.8 GB in float32, stored in shards:
 as it is stored, and as bfloat16, which makes a copy of each weight. Memory that can be dropped and read again (pages of
 files that are mapped) is counted apart. Linux alone, whose /proc says which is which.
 """
