@@ -8,7 +8,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 from graphlora.ops import decode
 from graphlora.ops.backend import interprets_triton
-from graphlora.ops.decode import reference
+from graphlora.ops.decode import reference, triton_single
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn, LoraMasks, expert_ffn_eager
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
 
@@ -86,6 +86,9 @@ def test_attention_lora(dtype, tokens, d, width, r):
 
 SHAPES = [
     (1, 8, 2, 8),
+    (1, 9, 3, 5),
+    (1, 12, 8, 8),
+    (1, 12, 8, 16),
     (12, 8, 2, 8),
     (24, 8, 2, 8),
     (3, 5, 3, 3),
@@ -149,3 +152,36 @@ def test_the_path_is_the_expert_loop(dtype, act, tokens, num_experts, top_k, r):
     out = decode.combine(out, partial.sum(dim=0), index, experts.down_B, scaling)
     error = (out.float() - expected).norm() / expected.norm()
     assert error < {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 2e-3}[dtype]
+
+
+def test_a_token_alone_gives_what_it_gives_beside_others(monkeypatch):
+    tokens, d, f, num_experts, top_k, r = 3, 530, 70, 6, 3, 5
+    x, base = normal(tokens, d), normal(tokens, d, seed=1)
+    gate, up = normal(tokens, f), normal(tokens, f, seed=1)
+    rows, A, B = [normal(n, d, seed=n) for n in (3, 8, 1)], normal(r, d), normal(d, r)
+    weights, index = choose(tokens, num_experts, top_k)
+    low, low_down = normal(tokens, 2 * num_experts * r + 6), normal(tokens, top_k, r)
+    stacks = (normal(num_experts, f, r), normal(num_experts, f, r, seed=2), normal(num_experts, r, f))
+    down_B = normal(num_experts, d, r)
+
+    def run(at: slice) -> list[tuple[Tensor, int]]:
+        """Every output, and the dimension of the tokens in it."""
+        low_x = decode.low_rank(x[at], A)
+        mixed, partial = decode.mix(gate[at], up[at], low[at], *stacks, weights[at], index[at], 0.6, "silu")
+        return [
+            *((t, 0) for t in decode.project(x[at], *rows)),
+            (low_x, 1),
+            (decode.add_low_rank(base[at], low_x, B, 1.7), 0),
+            (mixed, 0),
+            (partial, 1),
+            (decode.combine(base[at], low_down[at], index[at], down_B, 0.6), 0),
+        ]
+
+    monkeypatch.setattr(triton_single, "TOKENS", tokens)
+    together = run(slice(tokens))
+    alone = [run(slice(t, t + 1)) for t in range(tokens)]
+    for i, (value, dim) in enumerate(together):
+        assert torch.equal(value, torch.cat([one[i][0] for one in alone], dim=dim))
+    monkeypatch.setattr(triton_single, "TOKENS", 0)
+    for (value, _), (expected, _) in zip(together, run(slice(tokens)), strict=True):
+        near(value, expected, TOLERANCE[torch.float32])

@@ -210,6 +210,25 @@ def test_paths_agree_where_long_segments_are_cut(gated, dropout, monkeypatch):
     assert_same(problem.results(expert_ffn_eager, masks), problem.results(expert_ffn_torch, masks))
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_by_slot_no_result_is_written_to_in_place(gated, monkeypatch):
+    """PyTorch 2.11 compiles a function that does into one with wrong gradients (its issue 180642)."""
+    monkeypatch.setattr(
+        torch_path, "order_pairs", lambda index, n, r, _, dtype: PairsBySlot(index, n, r, dtype)
+    )
+    versions, inner = [], torch_path.ExpertMix.forward
+
+    def forward(*arguments):
+        results = inner(*arguments)
+        versions.extend(result._version for result in results)
+        return results
+
+    monkeypatch.setattr(torch_path.ExpertMix, "forward", staticmethod(forward))
+    problem = make_problem(gated=gated)
+    problem.results(expert_ffn_torch, make_masks(problem, lora_dropout=0.3, hidden_dropout=0.2))
+    assert versions == [0, 0]
+
+
 @pytest.mark.parametrize("orders", [PairsByExpert, PairsBySlot])
 def test_pairs_are_spread_and_collected(orders):
     """Collecting is the transpose of spreading; for the weights it is the inverse."""

@@ -180,18 +180,21 @@ def test_a_frozen_router_gives_the_tokens_their_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{"self_weight": True}, {"residual": 0.5, "eps": None}])
-def test_half_precision_stays_within_its_bound(dtype, options):
-    """README.md states the bound."""
-    case = Case(tokens=70, d=128, g=64, num_experts=8, dtype=dtype, **options)
+@pytest.mark.parametrize(
+    "options", [{"self_weight": True}, {"residual": 0.5, "eps": None}, {"self_weight": True, "g": 100}]
+)
+def test_half_precision_stays_within_its_bound(dtype, options, monkeypatch):
+    """README.md states the bound; the third router takes the tiles of many tokens."""
+    monkeypatch.setattr(triton_launch, "_MANY_ROWS", 1)
+    case = Case(**{"tokens": 70, "d": 128, "g": 64, "num_experts": 8, "dtype": dtype} | options)
     found, exact = case.run(case.fused, used=OUTPUTS[:2]), case.run(case.printed, used=OUTPUTS[:2])
     error = (found["router_logits"] - exact["router_logits"]).square().mean().sqrt()
     spread = exact["router_logits"].std(dim=0).mean()
-    assert 0 < float(error / spread) < 0.02
+    assert 0 < float(error / spread) < 0.005
     for name, value in exact.items():
         if name.startswith("grad of"):
             assert found[name].dtype == value.dtype
-            assert float((found[name] - value).float().norm() / value.float().norm()) < 0.04, name
+            assert float((found[name] - value).float().norm() / value.float().norm()) < 0.01, name
 
 
 def test_ties_go_to_the_lowest_index():

@@ -151,7 +151,7 @@ def test_mistakes_on_the_command_line_are_named(good, overrides, line):
 
 
 @pytest.mark.parametrize(
-    "name", ["ablation", "edges", "efficiency", "sensitivity", "smoke", "table1", "tuning"]
+    "name", ["ablation", "edges", "efficiency", "sensitivity", "smoke", "table1", "table1_small", "tuning"]
 )
 def test_every_shipped_study_is_read(name):
     spec = load_spec(name)

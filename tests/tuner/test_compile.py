@@ -11,6 +11,9 @@ pytestmark = [
     # What PyTorch's own tracer does with an autograd.Function, and with a tensor that a graph break hands on.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    # Inductor's advice, and its way to a memory pool: it records an empty graph.
+    pytest.mark.filterwarnings("ignore:\\s*Online softmax is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
 ]
 INTERPRETED = pytest.mark.skipif(
     torch.cuda.is_available(),

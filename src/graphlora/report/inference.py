@@ -12,6 +12,8 @@ from graphlora.report.distributions import f_quantile, t_quantile, t_two_sided
 LEVEL = 0.95
 # Beyond this many seeds the exact sign-flip test would look at more than a million arrangements.
 MOST_FLIPS = 20
+# Spread of differences, relative to their mean, that is the rounding of decimal numbers and no variance.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,16 @@ def summarize(values: Sequence[float], level: float = LEVEL) -> Summary:
 
 
 def paired_t_p(differences: Sequence[float]) -> float | None:
-    """Two-sided p value of the paired t test that the differences have mean zero; `None` for one seed."""
+    """Two-sided p value of the paired t test that the differences have mean zero.
+
+    `None` for one seed, and where all differences are the same up to rounding: scores are shares of some hundred items,
+    so equal differences are a coincidence of two or three seeds, not certainty.
+    """
     if len(differences) < 2:
         return None
     center, spread = mean(differences), variance(differences)
-    if spread == 0:
-        return 0.0 if center else 1.0
+    if math.sqrt(spread) <= _ROUNDING * abs(center):
+        return None if center else 1.0
     return t_two_sided(center / math.sqrt(spread / len(differences)), len(differences) - 1)
 
 

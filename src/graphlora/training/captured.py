@@ -102,6 +102,8 @@ class CapturedSteps:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # The graphs share their memory: one replays at a time, and of its results the loss alone is kept.
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # One stream for all warm-ups: memory that a stream has freed goes to that stream alone.
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._recorded: dict[Key, _Recorded] = {}
         self._must_record, self._full = must_record, False
@@ -185,6 +187,8 @@ class CapturedSteps:
             trained = [parameter for parameter in self.parameters if parameter.grad is not None]
             self.zero_grad()
             self._attach(trained)
+            if self._side_stream is not None:
+                torch.cuda.empty_cache()  # what the warm-ups took is for the recording to take
             graph = CudaGraph if self.device.type == "cuda" else Rerun
             return _Recorded(static, trained, graph(lambda: step(static), self.device, self._pool))
 
@@ -209,10 +213,10 @@ class CapturedSteps:
                 parameter.grad = gradient
 
     def _on_side_stream(self, run: Callable[[], Tensor]) -> None:
-        if self.device.type != "cuda":
+        stream = self._side_stream
+        if stream is None:
             run()
             return
-        stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             run()

@@ -75,7 +75,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "poisson_rate_form": "smooth",
         "normal_scale_form": "bounded",
         "load_window": "batch",
-        "router_normal_loss_coef": 1.0,
     },
     # The equations as printed.
     "paper": _PAPER,

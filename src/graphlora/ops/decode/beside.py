@@ -10,6 +10,10 @@ import torch
 
 Main = TypeVar("Main")
 Side = TypeVar("Side")
+# Higher than that of ordinary streams, and a property of each node of the graph (PyTorch 2.10 and later): where the
+# blocks of a large product wait for room, those of the side branch go first. Its few blocks would otherwise start when
+# the product is almost done, and the next kernel of the branch would wait for the next product.
+_PRIORITY = -1
 
 
 def run_beside(main: Callable[[], Main], side: Callable[[], Side], device: torch.device) -> tuple[Main, Side]:
@@ -37,4 +41,4 @@ def run_beside(main: Callable[[], Main], side: Callable[[], Side], device: torch
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=_PRIORITY)

@@ -1,7 +1,8 @@
 # ruff: noqa: SIM300 - a constexpr comes first
 """The decode kernels: few tokens, so weights are the tall operand of every product and tokens its narrow one.
 
-Tiles are `[output rows, tokens]`. README.md has the reasoning. No kernel uses atomics, so results repeat bit for bit.
+Tiles are `[output rows, tokens]`; a single token takes the kernels of `triton_single`. README.md has the reasoning. No
+kernel uses atomics, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from graphlora.ops.backend import interprets_triton
+from graphlora.ops.decode import triton_single as single
 from graphlora.ops.decode.reference import F_BLOCK, SPLIT_DEPTH
+from graphlora.ops.graph_route.triton_act import activation
 
 # Rows of the skinny product that one program owns, and how many bytes of a row of x it reads at once.
 _ROWS, _DEPTH_BYTES = 16, 256
@@ -139,19 +142,6 @@ def _add_low_rank_kernel(
 
 
 @triton.jit
-def _activated(x, ACT: tl.constexpr):
-    if ACT == "silu":
-        return x * tl.sigmoid(x)
-    elif ACT == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACT == "gelu_tanh":
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        tl.static_assert(ACT == "relu")
-        return tl.maximum(x, 0.0)
-
-
-@triton.jit
 def _down_rows(down_A, c, used, f_pos, f_ok, f):
     return tl.load(down_A + c[:, None] * f + f_pos[None, :], mask=used[:, None] & f_ok[None, :], other=0.0)
 
@@ -195,7 +185,7 @@ def _mix_kernel(
         low_up = tl.load(low_at + N * R, mask=own, other=0.0)
         delta_g = _rounded_dot(b_gate, low_gate, delta_g, DOT)
         delta_u = _rounded_dot(b_up, low_up, delta_u, DOT)
-    hidden = _activated(g.to(tl.float32) + scaling * delta_g, ACT) * (u.to(tl.float32) + scaling * delta_u)
+    hidden = activation(g.to(tl.float32) + scaling * delta_g, ACT) * (u.to(tl.float32) + scaling * delta_u)
     hidden = hidden * weight[None, :]
     m = tl.sum(tl.reshape(hidden, [BF, BT, KP]), axis=2)
     token = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -248,6 +238,8 @@ def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Te
     weights = [first, second, third]
     if len({weight.dtype for weight in weights}) > 1:
         weights = [weight.float() for weight in weights]
+    if single.takes(tokens):
+        return single.project(x, *weights)
     sizes = [len(weight) for weight in weights]
     out = x.new_empty(tokens, sum(sizes), dtype=torch.float32)
     square_sum = x.new_empty(tokens, dtype=torch.float32)
@@ -263,6 +255,8 @@ def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Te
 def low_rank(x: Tensor, weight: Tensor) -> Tensor:
     """See `reference.low_rank`."""
     tokens, d = x.shape
+    if single.takes(tokens):
+        return single.low_rank(x, weight)
     parts = triton.cdiv(d, SPLIT_DEPTH)
     out = x.new_empty(parts, tokens, len(weight), dtype=torch.float32)
     _low_rank_kernel[(triton.cdiv(len(weight), _ROWS), parts)](
@@ -277,6 +271,8 @@ def add_low_rank(base: Tensor, low: Tensor, weight: Tensor, scaling: float) -> T
     """See `reference.add_low_rank`."""
     tokens, width = base.shape
     parts, _, r = low.shape
+    if single.takes(tokens, r):
+        return single.add_low_rank(base, low, weight, scaling)
     out = base.new_empty(base.shape)
     _add_low_rank_kernel[(triton.cdiv(width, _OUT_BLOCK),)](
         base.contiguous(), low.contiguous(), weight.contiguous(), out, tokens, width, scaling,
@@ -302,6 +298,8 @@ def mix(
     tokens, f = gate.shape
     num_experts, r, _ = down_A.shape
     top_k = top_k_index.shape[1]
+    if single.takes(tokens, r, top_k):
+        return single.mix(gate, up, low, gate_B, up_B, down_A, top_k_weights, top_k_index, scaling, act)
     slots = triton.next_power_of_2(top_k)
     pairs = _pairs(act, num_experts * r, gate.dtype)
     # Triton 3.6 for sm_90 gets the second product wrong where fewer than 64 pairs meet 64 stacked columns in half
@@ -326,6 +324,8 @@ def combine(base: Tensor, low: Tensor, top_k_index: Tensor, down_B: Tensor, scal
     """See `reference.combine`."""
     tokens, d = base.shape
     num_experts, _, r = down_B.shape
+    if single.takes(tokens, r, top_k_index.shape[1]):
+        return single.combine(base, low, top_k_index, down_B, scaling)
     out = base.new_empty(base.shape)
     _combine_kernel[(triton.cdiv(d, _OUT_BLOCK),)](
         *(t.contiguous() for t in (base, low, top_k_index, down_B)), out, tokens, d, scaling,

@@ -48,6 +48,12 @@ class ExpertWeights(NamedTuple):
         cast: list[Any] = [None if t is None else t.to(dtype) for t in self]
         return ExpertWeights(*cast)
 
+    def unbind(self) -> list[ExpertWeights]:
+        """Every expert's own pairs, without the first dimension; their gradients are gathered by one call each."""
+        absent = [None] * len(self.up_A)
+        columns: list[Any] = [absent if t is None else t.unbind() for t in self]
+        return [ExpertWeights(*own) for own in zip(*columns, strict=True)]
+
 
 class LoraMasks(NamedTuple):
     """Dropout masks, already scaled by `1 / (1 - p)`; None where nothing is dropped. Shared by all experts.

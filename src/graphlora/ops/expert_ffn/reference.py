@@ -31,29 +31,27 @@ def expert_ffn_eager(
     Returns:
         `[tokens, d]`.
     """
-    num_experts = experts.up_A.shape[0]
     gate, up = ffn.project_in(x)
+    x_gate, x_up = masked(x, masks.gate), masked(x, masks.up)
     output: Tensor | None = None
-    for e in range(num_experts):
+    for e, own in enumerate(experts.unbind()):
         token, slot = torch.where(top_k_index == e)
-        x_up = masked(x, masks.up)[token]
-        up_e = up[token] + scaling * (x_up @ experts.up_A[e].T) @ experts.up_B[e].T
+        up_in = x_up[token]
+        up_e = up[token] + scaling * (up_in @ own.up_A.T) @ own.up_B.T
         if gate is None:
             hidden = ffn.act(up_e)
         else:
-            assert experts.gate_A is not None
-            assert experts.gate_B is not None
-            x_gate = masked(x, masks.gate)[token]
-            gate_e = gate[token] + scaling * (x_gate @ experts.gate_A[e].T) @ experts.gate_B[e].T
+            assert own.gate_A is not None
+            assert own.gate_B is not None
+            gate_in = up_in if x_gate is x_up else x_gate[token]
+            gate_e = gate[token] + scaling * (gate_in @ own.gate_A.T) @ own.gate_B.T
             hidden = ffn.act(gate_e) * up_e
         hidden = hidden if masks.hidden is None else hidden * masks.hidden[token]
         dropped = hidden if masks.down is None else hidden * masks.down[token]
-        expert_output = (
-            ffn.project_out(hidden) + scaling * (dropped @ experts.down_A[e].T) @ experts.down_B[e].T
-        )
+        expert_output = ffn.project_out(hidden) + scaling * (dropped @ own.down_A.T) @ own.down_B.T
         weight = top_k_weights[token, slot].to(expert_output.dtype)
         if output is None:
             output = expert_output.new_zeros(x.shape)
-        output = output.index_add(0, token, weight[:, None] * expert_output)
+        output.index_add_(0, token, weight[:, None] * expert_output)
     assert output is not None
     return output

@@ -104,7 +104,7 @@ class ExpertMix(torch.autograd.Function):
             hidden = torch.mul(hidden, weights[part.pairs], out=buffers("up", part))
             if hidden_mask is not None:
                 hidden *= _rows(hidden_mask, part, buffers("gate", part))
-            _add(mixed, part, hidden)
+            mixed = _sum(mixed, part, hidden)
             if down_mask is not None:
                 hidden *= _rows(down_mask, part, buffers("gate", part))
             low_parts.append(_times_transposed(hidden, rank_down[part.columns]))
@@ -195,7 +195,7 @@ class _LowRankSide:
 
     def backward(self, part: Part, grad: Tensor) -> None:
         """Takes the gradient of `of(part)`, `[n, f]`."""
-        _add(self.d_base, part, grad)
+        self.d_base = _sum(self.d_base, part, grad)
         self.d_low.append(_times_transposed(grad, self.rank[part.columns]))
         self.d_rank[part.columns].addmm_(self.low[part.pairs].T, grad)
 
@@ -234,11 +234,12 @@ def _times_transposed(rows: Tensor, rank: Tensor) -> Tensor:
     return (rank @ rows.T).T
 
 
-def _add(total: Tensor, part: Part, value: Tensor) -> None:
-    if part.token is None:
-        total += value
-    else:
-        total.index_add_(0, part.token, value)
+def _sum(total: Tensor, part: Part, value: Tensor) -> Tensor:
+    """`total` and the part's rows; may write into `total`, but not where a compiler traces.
+
+    PyTorch 2.11 compiles a function whose result was written to in place into one with wrong gradients (its issue 180642).
+    """
+    return total + value if part.token is None else total.index_add_(0, part.token, value)
 
 
 def _grad_of_weighted_hidden(

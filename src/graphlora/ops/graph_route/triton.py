@@ -86,7 +86,7 @@ def graph_route_triton(
     a self weight), probabilities and selection.
 
     Args:
-        x: `[tokens, d]`, bfloat16, float16 (products take bfloat16 node features) or float32 (float32 products).
+        x: `[tokens, d]`, bfloat16, float16 (products take float16 node features) or float32 (float32 products).
         weights: see `RouterWeights`.
         top_k: K.
         norm_topk_prob: divide the selected probabilities by their sum.

@@ -17,30 +17,60 @@ from graphlora.ops.graph_route import triton_tokens as tokens_part
 
 # Layer 2's inputs and gradients exist for this many bytes of tokens at a time, in backward alone.
 _SCRATCH_BYTES = 256 * 2**20
-_COPY_BLOCK, _ROWS, _ROW_BLOCK, _STATIC_COLUMNS = 4096, 4, 1024, 16
+_COPY_BLOCK, _STATIC_COLUMNS, _TOKEN_COLUMNS = 4096, 16, 64
+# Numbers of x that a program reads for its sums of squares, and how many of one token at a time.
+_SQUARES, _LONGEST = 8192, 4096
+# Tiles of node rows in 16 bits: rows, warps, and how many steps ahead layer 2's weights are read. With more rows the
+# weights are read less often, but fewer programs share a multiprocessor. By `(backward, has a self weight)`.
+_SMALL_TILES = (64, 4, 2)
+_WIDE_TILES = {
+    (False, False): (64, 4, 2),
+    (False, True): (128, 8, 2),
+    (True, False): (64, 4, 2),
+    (True, True): (128, 8, 2),
+}
+_MANY_ROWS = 2**15
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
 
 class _Tiles(NamedTuple):
-    """Tile sizes of one router shape; the names are those of the kernels' arguments."""
+    """Tile sizes of one router shape; the names are those of the kernels' arguments.
+
+    Attributes:
+        tokens: BT of the kernels over nodes.
+        num_nodes: NP.
+        width: G.
+        columns: BK of layer 2.
+        columns_back: BO, what the backward kernel takes of layer 1 at a time.
+        warps: of the kernels over nodes.
+        stages: how many steps ahead layer 2's weights are read.
+        depth: BK of the kernels over tokens.
+        token_rows: BT of the kernels over tokens.
+        precise: float32 products.
+    """
 
     tokens: int
     num_nodes: int
     width: int
+    columns: int
+    columns_back: int
+    warps: int
+    stages: int
     depth: int
-    node_depth: int
-    node_warps: int
     token_rows: int
     precise: bool
 
     @property
-    def row_constants(self) -> dict[str, int | bool]:
+    def node_constants(self) -> dict[str, int | bool]:
         return {
             "BT": self.tokens,
             "NP": self.num_nodes,
+            "TP": max(16, self.tokens),
             "G": self.width,
-            "BK": self.node_depth,
+            "BK": self.columns,
+            "STAGES": self.stages,
             "PRECISE": self.precise,
+            "num_warps": self.warps,
         }
 
     @property
@@ -49,21 +79,39 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(
-    tokens: int, num_experts: int, g: int, dtype: torch.dtype, backward_without_self: bool = False
-) -> _Tiles:
-    """A tile has 64 node rows, fewer in float32: measured best on an H200 at g = 256, as is the exception for 32.
-
-    With more rows the next layer's weights are read less often, but registers hold too few programs.
-    """
+    tokens: int, num_experts: int, g: int, dtype: torch.dtype,
+    has_self: bool = False, backward: bool = False, edges: bool = False,
+) -> _Tiles:  # fmt: skip
+    """Tile sizes of the kernels over nodes and of those over tokens; `edges`: whether the graph has a gradient."""
     precise = dtype == torch.float32
-    num_nodes, width = triton.next_power_of_2(num_experts), max(16, triton.next_power_of_2(g))
-    depth = min(width, 32 if precise else 64)
-    few = backward_without_self and width > 64
-    rows = max(num_nodes, 32 if precise or few else 64)
-    node_depth = depth if width <= 64 or few else min(depth, 32)
+    num_nodes = triton.next_power_of_2(num_experts)
+    width = max(16 if precise else 64, triton.next_power_of_2(g))
+    if precise:
+        rows, warps, stages = 32, 4, 1
+    elif width <= 64 or tokens * num_nodes < _MANY_ROWS or num_nodes > 16 or edges:
+        # Shared memory holds no more where there are many nodes or a graph to train.
+        rows, warps, stages = _SMALL_TILES
+    else:
+        rows, warps, stages = _WIDE_TILES[backward, has_self]
     return _Tiles(
-        rows // num_nodes, num_nodes, width, depth, node_depth, 4, 16 if tokens <= 1024 else 64, precise
+        tokens=max(rows // num_nodes, 1),
+        num_nodes=num_nodes,
+        width=width,
+        columns=min(width, 32 if precise else 64),
+        columns_back=min(width, 16 if precise else 64),
+        warps=warps,
+        stages=stages,
+        depth=min(width, 32 if precise else 64),
+        token_rows=16 if tokens <= 1024 else 64,
+        precise=precise,
     )
+
+
+def _input_tiles(tiles: _Tiles) -> tuple[int, int, int, int]:
+    """Of the gradient of x: tokens and columns of a tile, steps read ahead, and how many programs a GPU should get."""
+    if tiles.precise:
+        return 32, 32, 1, 1024
+    return (128, 64, 3, 128) if tiles.width > 64 else (128, 64, 3, 256)
 
 
 def _copied(source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,16 +167,18 @@ def prepare(
     num_experts, g = features.shape
     tokens, d = x.shape
     tiles = _tiles(tokens, num_experts, g, x.dtype)
+    row_block = min(triton.next_power_of_2(d), _LONGEST)
+    rows = _SQUARES // row_block
     blocks = [
         triton.cdiv(g, _STATIC_COLUMNS),
         *(triton.cdiv(t.numel(), _COPY_BLOCK) for t in (proj_rounded, conv_rounded, self_rounded)),
-        triton.cdiv(square_sum.numel(), _ROWS),
+        triton.cdiv(square_sum.numel(), rows),
     ]
     static_part.prepare_kernel[(sum(blocks),)](
         features, conv, conv if self_weight is None else self_weight, graph, static, token_proj, proj_rounded,
         conv_rounded, self_rounded, x, square_sum, residual, tokens, d, num_experts, g,
         blocks[0], token_proj.numel(), blocks[1], conv.numel(), blocks[2], blocks[3],
-        BJ=_STATIC_COLUMNS, BR=_ROWS, BD=_ROW_BLOCK, BLOCK=_COPY_BLOCK, ACT=act, SELF=self_weight is not None,
+        BJ=_STATIC_COLUMNS, BR=rows, BD=row_block, BLOCK=_COPY_BLOCK, ACT=act, SELF=self_weight is not None,
         RESIDUAL=residual != 0, GIVEN=graph_normalized, **_static_tiles(num_experts, tiles.width),
     )  # fmt: skip
     return outputs
@@ -147,7 +197,7 @@ def _prepare_fake(
     residual: float, act: str, graph_normalized: bool, square_sums: bool, project: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     num_experts, g = features.shape
-    weights_dtype = conv.dtype if x.dtype == torch.float32 or conv.dtype != torch.float32 else torch.bfloat16
+    weights_dtype = conv.dtype if x.dtype == torch.float32 else torch.float16
     size = (2 * num_experts + 1) * (g + 1) + num_experts * num_experts
     return (
         x.new_empty(size, dtype=torch.float32),
@@ -180,7 +230,7 @@ def finish(
         eps: added to the mean square; negative for no normalization.
         top_k: K.
         norm_topk_prob: divide the selected probabilities by their sum.
-        precise: products in float32 instead of bfloat16.
+        precise: products in float32 instead of float16.
 
     Returns:
         router_logits and router_probs `[tokens, N]`, top_k_weights and top_k_index `[tokens, K]`, and v (and q)
@@ -196,8 +246,8 @@ def finish(
         return outputs
     has_self = self_weight is not None
     own = conv if self_weight is None else self_weight
-    tiles = _tiles(tokens, num_experts, g, torch.float32 if precise else torch.bfloat16)
-    block = min(tiles.width, 64)
+    tiles = _tiles(tokens, num_experts, g, torch.float32 if precise else torch.bfloat16, has_self)
+    block = min(tiles.width, _TOKEN_COLUMNS)
     tokens_part.tokens_forward_kernel[(triton.cdiv(tokens, tiles.token_rows), triton.cdiv(g, block), 1 + has_self)](
         z, square_sum, conv, own, vq, tokens, d, eps, z.stride(0), g,
         BJ=block, ACT=act, SELF=has_self, NORM=eps >= 0, num_warps=4, **tiles.token_constants,
@@ -205,8 +255,7 @@ def finish(
     nodes.nodes_forward_kernel[(triton.cdiv(tokens, tiles.tokens),)](
         static, vq, conv, own, out, out if logit_offset is None else logit_offset, logits, probs, weights, index,
         tokens, num_experts, g, K=top_k, KP=triton.next_power_of_2(top_k), ACT=act, SELF=has_self,
-        RESIDUAL=residual != 0, OFFSET=logit_offset is not None, NORMALIZE=norm_topk_prob,
-        num_warps=tiles.node_warps, num_stages=2, **tiles.row_constants,
+        RESIDUAL=residual != 0, OFFSET=logit_offset is not None, NORMALIZE=norm_topk_prob, **tiles.node_constants,
     )  # fmt: skip
     return outputs
 
@@ -230,7 +279,7 @@ def backward(
     z: Tensor, square_sum: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
     residual: float, act: str, eps: float, norm_topk_prob: bool, graph_normalized: bool, graph_grad: bool, x_grad: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, P_x, the expert features, W, S, p and Â; empty where not asked for. Nine launches but for Â.
+    """Gradients of x, P_x, the expert features, W, S, p and Â; empty where not asked for. Eight launches but for Â.
 
     `proj`, `conv_rounded` and `self_rounded` are as the products of the forward pass took them.
     """
@@ -243,7 +292,7 @@ def backward(
     (tokens, d), (num_experts, g) = x.shape, features.shape
     has_self = self_weight is not None
     own_rounded = conv_rounded if self_rounded is None else self_rounded
-    tiles = _tiles(tokens, num_experts, g, x.dtype, backward_without_self=not has_self)
+    tiles = _tiles(tokens, num_experts, g, x.dtype, has_self, True, graph_grad)
     if tokens == 0:
         return tuple(t.zero_() for t in outputs)
     common = {"ACT": act, "SELF": has_self}
@@ -253,11 +302,11 @@ def backward(
     )  # fmt: skip
     token_features = torch.empty_like(grad_vq[:, :g], memory_format=torch.contiguous_format)
     grad_z = x.new_empty(tokens, g)
-    pull = torch.empty_like(square_sum)
-    tokens_part.tokens_backward_kernel[(triton.cdiv(tokens, tiles.token_rows),)](
+    columns = min(tiles.width, _TOKEN_COLUMNS)
+    pull = square_sum.new_empty(tiles.width // columns, len(square_sum))
+    tokens_part.tokens_backward_kernel[(triton.cdiv(tokens, tiles.token_rows), tiles.width // columns)](
         z, square_sum, conv_rounded, own_rounded, grad_vq, token_features, grad_z, pull, tokens, d, eps, g,
-        NORM=eps >= 0, num_warps=8 if tiles.width > 64 and tiles.token_rows > 16 else 4, num_stages=2,
-        **common, **tiles.token_constants,
+        BI=columns, NORM=eps >= 0, num_warps=4, num_stages=2, **common, **tiles.token_constants,
     )  # fmt: skip
     first_layer = product_float32(grad_vq.T, token_features)
     blocks = triton.cdiv(g, _STATIC_COLUMNS)
@@ -272,10 +321,12 @@ def backward(
         _graph_gradient(edges, grad_mixing.sum(dim=0), num_experts, residual) if graph_grad else outputs[6]
     )
     if x_grad:
-        block = 64 if tiles.precise else 128
-        tokens_part.input_gradient_kernel[(triton.cdiv(d, block), triton.cdiv(tokens, block))](
-            grad_z, proj, pull, x, grad_x, tokens, d, g, BT=block, BD=block, G=tiles.width, BK=tiles.depth,
-            NORM=eps >= 0, PRECISE=tiles.precise, num_warps=8, num_stages=2,
+        rows, block, stages, programs = _input_tiles(tiles)
+        parts = triton.cdiv(programs, triton.cdiv(tokens, rows))
+        step = triton.cdiv(triton.cdiv(d, parts), block) * block
+        tokens_part.input_gradient_kernel[(triton.cdiv(d, step), triton.cdiv(tokens, rows))](
+            grad_z, proj, pull, x, grad_x, tokens, d, g, step, BT=rows, BD=block, G=tiles.width, PULLS=len(pull),
+            STAGES=stages, NORM=eps >= 0, PRECISE=tiles.precise, num_warps=8,
         )  # fmt: skip
     grad_proj = product_float32(grad_z.T, x)
     return grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph
@@ -293,34 +344,33 @@ def _node_gradients(
     num_tiles = triton.cdiv(tokens, tiles.tokens)
     grad_vq = torch.empty_like(vq, dtype=dtype)
     partial = vq.new_empty(num_tiles, rows, g)
-    blocks = triton.cdiv(g, tiles.node_depth)
+    blocks = tiles.width // tiles.columns_back
     edges = vq.new_empty(
         num_tiles * blocks if graph_grad else 0, num_experts * num_experts + 2 * num_experts + 1
     )
-    per_tile = tiles.tokens * num_experts * (width + g) * dtype.itemsize
+    # In float32 the product over all rows adds up in float64, and copies its inputs for that.
+    per_tile = tiles.tokens * num_experts * (width + g) * (12 if tiles.precise else 2)
     step = max(_SCRATCH_BYTES // per_tile, 1) * tiles.tokens
     second_layer = None
     for first in range(0, tokens, step):
         end = min(first + step, tokens)
         features = vq.new_empty((end - first) * num_experts, width, dtype=dtype)
         grad_rows = vq.new_empty((end - first) * num_experts, g, dtype=dtype)
-        grid = triton.cdiv(end - first, tiles.tokens)
-        nodes.rows_backward_kernel[(grid,)](
+        nodes.nodes_backward_kernel[(triton.cdiv(end - first, tiles.tokens),)](
             static, vq, conv, own, out, probs, index,
             *(probs if t is None else t.contiguous() for t in (grad_logits, grad_probs, grad_weights)),
-            grad_rows, features, partial, first, end, num_experts, g, rows,
-            K=index.shape[1], RESIDUAL=residual != 0, LOGITS=grad_logits is not None, PROBS=grad_probs is not None,
-            WEIGHTS=grad_weights is not None, NORMALIZE=norm_topk_prob,
-            num_warps=tiles.node_warps, num_stages=2, **common, **tiles.row_constants,
+            grad_rows, features, grad_vq, partial, edges, first, end, num_experts, g, rows,
+            BO=tiles.columns_back, OUT_STAGES=tiles.stages, K=index.shape[1], RESIDUAL=residual != 0,
+            LOGITS=grad_logits is not None, PROBS=grad_probs is not None, WEIGHTS=grad_weights is not None,
+            NORMALIZE=norm_topk_prob, EDGES=graph_grad, **common, **tiles.node_constants,
         )  # fmt: skip
-        nodes.nodes_backward_kernel[(grid, blocks)](
-            static, vq, conv, own, grad_rows, grad_vq, partial, edges, first, end, num_experts, g, rows,
-            EDGES=graph_grad, num_warps=tiles.node_warps, num_stages=3, **common, **tiles.row_constants,
-        )  # fmt: skip
-        share = product_float32(grad_rows.T, features)
+        if tiles.precise:
+            share = grad_rows.double().T @ features.double()
+        else:
+            share = product_float32(grad_rows.T, features)
         second_layer = share if second_layer is None else second_layer + share
     assert second_layer is not None
-    return grad_vq, second_layer, partial.sum(dim=0), edges
+    return grad_vq, second_layer.float(), partial.sum(dim=0), edges
 
 
 def _graph_gradient(edges: Tensor, grad_mixing: Tensor, num_experts: int, residual: float) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graphlora.ops.graph_route.triton_act import activation, narrowed, slope
+from graphlora.ops.graph_route.triton_act import activation, activation_and_slope, narrowed
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _static_part(
     rows = tl.zeros((NQ, BJ), tl.float32)
     for start in range(0, g, BK):
         k = start + tl.arange(0, BK)
-        nodes = activation(_block(features, n[:, None], k[None, :], N, g), ACT)
+        nodes = activation(_block(features, n[:, None], k[None, :], N, g), ACT, True)
         mixed = _exact(mixing, nodes, tl.zeros((NQ, BK), tl.float32))
         c = _exact(mixed, _block(conv, j[None, :], k[:, None], g, g), c)
         if SELF:
@@ -156,8 +156,7 @@ def static_backward_kernel(
     i = block * BI + tl.arange(0, BI)
     width = 2 * g if SELF else g
     mixing = (1 - residual) * _normalized(adjacency, N, NQ, GIVEN) + residual * _eye(N, NQ)
-    own = _block(features, n[:, None], i[None, :], N, g)
-    nodes = activation(own, ACT)
+    nodes, slope = activation_and_slope(_block(features, n[:, None], i[None, :], N, g), ACT, True)
     mixed = _exact(mixing, nodes, tl.zeros((NQ, BI), tl.float32))
     d_mixed = tl.zeros((NQ, BI), tl.float32)
     d_nodes = tl.zeros((NQ, BI), tl.float32)
@@ -184,7 +183,7 @@ def static_backward_kernel(
             second = tl.load(second_layer + j[:, None] * width + g + i[None, :], mask=live, other=0.0)
             tl.store(grad_self + g * g + at, narrowed(second, grad_self.dtype.element_ty), mask=live)
     d_nodes = _exact(tl.trans(mixing), d_mixed, d_nodes)
-    d_own = d_nodes * slope(own, ACT)
+    d_own = d_nodes * slope
     at = n[:, None] * g + i[None, :]
     live = (n < N)[:, None] & (i < g)[None, :]
     tl.store(grad_features + at, narrowed(d_own, grad_features.dtype.element_ty), mask=live)
