@@ -237,7 +237,8 @@ def _times_transposed(rows: Tensor, rank: Tensor) -> Tensor:
 def _sum(total: Tensor, part: Part, value: Tensor) -> Tensor:
     """`total` and the part's rows; may write into `total`, but not where a compiler traces.
 
-    PyTorch 2.11 compiles a function whose result was written to in place into one with wrong gradients (its issue 180642).
+    PyTorch 2.11 compiles a function whose result was written to in place into one with wrong gradients (its issue
+    180642).
     """
     return total + value if part.token is None else total.index_add_(0, part.token, value)
 
