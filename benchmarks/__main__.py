@@ -150,7 +150,9 @@ def _figures(options: argparse.Namespace, words: list[str]) -> int:
 
 def _scaling(options: argparse.Namespace, words: list[str]) -> int:
     del words
-    from benchmarks.scaling_page import draw_figures, read_two_gpus, update_page
+    from benchmarks.scaling_figures import draw_figures
+    from benchmarks.scaling_measured import read_two_gpus
+    from benchmarks.scaling_page import update_page
 
     measurements = [m for m in read(options.results) if m.tiny == options.tiny]
     for path in draw_figures(measurements, options.docs / "images"):

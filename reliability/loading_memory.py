@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from reliability.launching import EFFICIENT, FSDP, make_model, make_rows, start
+from reliability.launching import EFFICIENT, FSDP, make_rows, start
 from reliability.record import write_record
+from reliability.tiny import make_model
 
 MB = 1e6
 

@@ -30,6 +30,7 @@ PROMISES = (
     Promise(
         SCALE, "resume_other_processes", "A run resumes on another number of processes.", "two_processes"
     ),
+    Promise(SCALE, "loading_once", "A base never exists twice in memory."),
     Promise(SCALE, "loading_memory", "No process holds the whole base beside its part of it."),
     Promise(SCALE, "two_gpus", "Two GPUs follow the loss curve of one."),
     Promise(SCALE, "streaming", "Data of any size are read in bounded memory."),

@@ -15,22 +15,35 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 COLORS = ("red", "blue", "green", "black", "white", "brown")
 THINGS = ("sky", "grass", "coal", "snow", "earth", "rose", "sea", "leaf", "night", "cloud")
 WEIGHTS = "adapter_model.safetensors"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 
 
-def make_model(folder: Path, hidden_size: int = 32, layers: int = 2, window: int = 128) -> Path:
-    """A Llama with a tokenizer of 400 tokens."""
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte pairs, 400 tokens, with a chat template."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         show_progress=False,
-        special_tokens=["<|end|>", "<|pad|>"],
+        special_tokens=["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     words = " ".join((*COLORS, *THINGS, "Question: What color is the? Answer:"))
     inner.train_from_iterator([words] * 20, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_model(
+    folder: Path, hidden_size: int = 32, layers: int = 2, window: int = 128, shard_size: str = "50GB"
+) -> Path:
+    """A random Llama with the tokenizer of `make_tokenizer`, in files of that size; returns its folder."""
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -44,21 +57,26 @@ def make_model(folder: Path, hidden_size: int = 32, layers: int = 2, window: int
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def make_rows(path: Path, count: int = 40) -> Path:
-    """Multiple-choice rows."""
+def choice_rows(count: int) -> list[dict[str, Any]]:
+    """Multiple-choice rows with two to four choices."""
     draw = random.Random(0)
     rows = []
     for number in range(count):
         thing = THINGS[number % len(THINGS)]
         gold = COLORS[number % len(THINGS) % len(COLORS)]
-        choices = [gold, *draw.sample([color for color in COLORS if color != gold], 2)]
+        choices = [gold, *draw.sample([color for color in COLORS if color != gold], draw.choice((1, 2, 3)))]
         draw.shuffle(choices)
         rows.append({"question": f"What color is the {thing} {number}?", "choices": choices, "answer": gold})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Writes JSON lines; returns the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -78,7 +96,7 @@ def recipe(folder: Path, **options: Any) -> dict[str, Any]:
     model, data = folder / "model", folder / "rows.jsonl"
     if not (model / "tokenizer.json").is_file():
         make_model(model)
-        make_rows(data)
+        write_rows(data, choice_rows(40))
     return {
         "model": str(model),
         "task": str(data),

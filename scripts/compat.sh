@@ -13,7 +13,8 @@ cd "$(dirname "$0")/.."
 which=${1:-}
 python=${2:-python3}
 case "$which" in
-  oldest) pins=(-r .ci/oldest.txt) ;;
+  # The interpreter of Triton 3.6, the oldest torch's, cannot read results of NumPy 2.4.
+  oldest) pins=(-r .ci/oldest.txt "numpy<2.4") ;;
   newest) pins=(--upgrade) ;;
   locked) pins=(-c constraints.txt) ;;
   *) echo "usage: scripts/compat.sh oldest|newest|locked [PYTHON]" >&2; exit 2 ;;

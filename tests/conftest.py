@@ -37,6 +37,30 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Directory of a random Llama of two layers, with a tokenizer."""
+    from reliability.tiny import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory) -> Path:
+    """Likewise, of another width."""
+    from reliability.tiny import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "wider", hidden_size=48)
+
+
+@pytest.fixture(scope="session")
+def choices_file(tmp_path_factory) -> Path:
+    """Multiple-choice rows for `tiny_model`."""
+    from reliability.tiny import choice_rows, write_rows
+
+    return write_rows(tmp_path_factory.mktemp("data") / "colors.jsonl", choice_rows(40))
+
+
+@pytest.fixture(scope="session")
 def real_model() -> Path:
     """Directory of SmolLM2-135M-Instruct, for tests marked `real_model`."""
     return REAL_MODEL

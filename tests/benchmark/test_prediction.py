@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import GPT2Config, LlamaConfig
+from small_llama import ADAPTERS, LLAMA
+from transformers import GPT2Config
 
-from graphlora import GraphLoraConfig
 from graphlora.benchmark.layer import Setting, measure_parts
 from graphlora.benchmark.memory import measure_memory, measure_saved
 from graphlora.benchmark.prediction import measure_whole, predict, put_together
@@ -15,19 +14,7 @@ from graphlora.benchmark.random_model import bypassed, decoder_layers, random_mo
 from graphlora.benchmark.timing import Stopwatch, interleave
 
 CPU = torch.device("cpu")
-LLAMA = LlamaConfig(
-    vocab_size=256,
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=5,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-ADAPTERS = {
-    "frozen": None,
-    "lora": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
-    "graphlora": GraphLoraConfig(task_type="CAUSAL_LM"),
-}
+KINDS = {"frozen": None, **ADAPTERS}
 # What `graphlora bench` promises.
 TOLERANCE = 0.3
 TRIES = 4
@@ -38,10 +25,10 @@ def setting(**changes) -> Setting:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_predicted_memory_is_that_of_a_real_run(kind, checkpointing):
     asked = setting(gradient_checkpointing=checkpointing, iterations=1)
-    predicted, measured = predict(asked, ADAPTERS[kind]), measure_whole(asked, ADAPTERS[kind])
+    predicted, measured = predict(asked, KINDS[kind]), measure_whole(asked, KINDS[kind])
     assert predicted.peak == pytest.approx(measured.peak, rel=TOLERANCE)
 
 

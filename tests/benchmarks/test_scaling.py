@@ -8,13 +8,7 @@ import torch
 from benchmarks.candidates.models import active_adapter_weights, graphlora_config, model_config, step_flops
 from benchmarks.measurement import Measurement
 from benchmarks.scaling import (
-    ETHERNET,
-    NF4,
-    SLOW,
-    Adapter,
-    Cluster,
     Collective,
-    Plan,
     activation_bytes,
     collectives,
     compute_seconds,
@@ -27,7 +21,9 @@ from benchmarks.scaling import (
     with_global_batch,
 )
 from benchmarks.scaling import step_flops as model_flops
-from benchmarks.scaling_page import TABLES, measured_mfu, read_two_gpus, update_page
+from benchmarks.scaling_measured import measured_mfu, read_two_gpus
+from benchmarks.scaling_page import TABLES, update_page
+from benchmarks.scaling_plan import ETHERNET, NF4, SLOW, Adapter, Cluster, Plan
 from benchmarks.shapes import LLAMA3_8B, LLAMA3_70B, LLAMA3_405B, Shape
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM

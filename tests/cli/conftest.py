@@ -1,30 +1,11 @@
 """The tiny model and data of the training tests, a trained adapter, and a way to run the command line."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SPEC = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "training" / "conftest.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-tiny = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tiny)
-
-_one_thread, tiny_model, other_model = tiny._one_thread, tiny.tiny_model, tiny.other_model
-choices_file = tiny.choices_file
-
 COMMAND = [sys.executable, "-W", "ignore", "-m", "graphlora.cli"]
-
-
-def pytest_collection_modifyitems(items):
-    """PEFT asks transformers for a property that transformers has renamed; nobody here can mend it."""
-    mark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")

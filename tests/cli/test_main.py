@@ -98,6 +98,7 @@ def test_options_may_be_written_with_hyphens(graphlora):
     ],
 )
 def test_tab_completion(line, expected):
+    pytest.importorskip("argcomplete")
     shell = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": "/dev/stdout"}
     environment = os.environ | {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n"} | shell
     code = "from graphlora.cli.main import main; main()"

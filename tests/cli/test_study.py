@@ -1,22 +1,15 @@
 """`graphlora study` as a user meets it: the smoke study from plan to report, overrides, and mistakes."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-
-SPEC = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "training" / "conftest.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-tiny = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tiny)
+from reliability.tiny import make_model
 
 
 @pytest.fixture(scope="module")
 def roomy_model(tmp_path_factory):
     """A tiny model whose window holds the quiz's prompts."""
-    return tiny.make_model(tmp_path_factory.mktemp("models") / "roomy", window=512)
+    return make_model(tmp_path_factory.mktemp("models") / "roomy", window=512)
 
 
 @pytest.fixture

@@ -1,36 +1,21 @@
 """A tiny model, a task of colors with a test split, and a study of seconds."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import yaml
+from reliability.tiny import choice_rows, write_rows
 
-SPEC = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "training" / "conftest.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-tiny = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tiny)
-
-_one_thread, tiny_model = tiny._one_thread, tiny.tiny_model
 GRAPHLORA = {"num_experts": 4, "router_hidden_size": 16}
-
-
-def pytest_collection_modifyitems(items):
-    """PEFT asks transformers for a property that transformers has renamed; nobody here can mend it."""
-    mark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory) -> Path:
     """Rows with a train and a test split; validation is a part of train."""
-    rows = tiny.choice_rows(50)
+    rows = choice_rows(50)
     for position, row in enumerate(rows):
         row["split"] = "test" if position % 5 == 0 else "train"
-    return tiny.write_rows(tmp_path_factory.mktemp("data") / "colors.jsonl", rows)
+    return write_rows(tmp_path_factory.mktemp("data") / "colors.jsonl", rows)
 
 
 @pytest.fixture(scope="session")

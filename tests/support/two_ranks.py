@@ -41,9 +41,9 @@ def count_reductions() -> dict[str, int]:
     return counts
 
 
-def unequal_ranks(rank: int) -> dict:
-    """Three steps with another batch size and another length on each rank; and the normal loss's first gradient."""
-    model = make_model(**NORMAL_ONLY)
+def unequal_ranks(rank: int, **config: float) -> dict:
+    """Three steps with another batch size and another length on each rank; and the auxiliary loss's first gradient."""
+    model = make_model(**config)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     found = {}
@@ -66,12 +66,17 @@ def main(folder: Path) -> None:
     rank = dist.get_rank()
     half = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     found = {"reductions": count_reductions(), "unequal": unequal_ranks(rank)}
+    found["unequal normal"] = unequal_ranks(rank, **NORMAL_ONLY)
     steps, _, model = run_trainer(folder / "equal", EQUAL, **half)
     found["trainer"] = {"steps": steps, "state": adapter_state(model)}
     quarter = {**half, "per_device_train_batch_size": 1}
     found["accumulated"] = run_trainer(folder / "four", EQUAL, 4, config=POISSON_ONLY, **quarter)[0]
-    found["packed"] = run_trainer(folder / "packed", UNEQUAL, 1, "packing", POISSON_ONLY, **half)[:2]
+    for collator in ("padding", "packing"):
+        found[collator] = run_trainer(folder / collator, UNEQUAL, 1, collator, **half)[0]
+    eighth = {**half, "per_device_train_batch_size": 2}
+    found["unequal accumulated"] = run_trainer(folder / "two", UNEQUAL, 2, **eighth)[0]
     found["sft"] = run_sft(folder / "sft", EQUAL, **half)[0]
+    found["sft unequal"] = run_sft(folder / "sft unequal", UNEQUAL, **half)[0]
     found["sft accumulated"] = run_sft(folder / "sft4", EQUAL, 4, POISSON_ONLY, **quarter)[0]
     found["sft off"] = run_sft(folder / "off", EQUAL, router_aux_loss_coef=0.0, **half)[0]
     torch.save(found, folder / f"rank{rank}.pt")

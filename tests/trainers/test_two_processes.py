@@ -1,16 +1,13 @@
 """Two processes (gloo): loads and the normal loss see both, the auxiliary loss keeps its weight, state stays equal."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from reliability.launching import launch
 from tiny_llama import assert_same, gradients, loads, make_batch, make_model
-from tiny_trainers import by_hand, router_part, run_sft, run_trainer
-from two_ranks import EQUAL, LENGTHS, NORMAL_ONLY, POISSON_ONLY
+from tiny_trainers import router_part, run_sft, run_trainer
+from two_ranks import EQUAL, LENGTHS, NORMAL_ONLY, POISSON_ONLY, UNEQUAL
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -19,29 +16,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 def ranks(tmp_path_factory):
     """What each rank saved; one start of two processes serves all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = [sys.executable, str(SUPPORT / "two_ranks.py"), str(folder)]
-    processes = [
-        subprocess.Popen(
-            script,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+    launch([SUPPORT / "two_ranks.py", folder], 2, timeout=300.0)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -57,17 +32,19 @@ def test_one_reduction_per_training_forward_and_none_elsewhere(ranks):
     assert [rank["reductions"] for rank in ranks] == [expected, expected]
 
 
-def test_loads_and_normal_loss_are_those_of_the_whole_batch(ranks):
+@pytest.mark.parametrize(("case", "config"), [("unequal normal", NORMAL_ONLY), ("unequal", {})])
+def test_losses_and_loads_are_those_of_the_whole_batch(ranks, case, config):
     """Of ranks with unequal batches; the averaged gradient is the one that a single process computes."""
-    model = make_model(**NORMAL_ONLY)
+    model = make_model(**config)
     out = model(**both_batches())
     out.aux_loss.backward()
-    whole = {"aux_loss": out.aux_loss.detach(), "loads": loads(model)}
+    expected = {n: g for n, g in gradients(model).items() if g.abs().max() > 0}
+    assert len(expected) > 10
+    mean = (ranks[0][case]["aux_loss"] + ranks[1][case]["aux_loss"]) / 2
+    assert_same({"aux_loss": out.aux_loss.detach()}, {"aux_loss": mean}, 1e-6)
     for rank in ranks:
-        assert_same(whole, {name: rank["unequal"][name] for name in whole}, 1e-6)
-        ours = {n: g for n, g in rank["unequal"]["gradients"].items() if g.abs().max() > 0}
-        expected = {n: g for n, g in gradients(model).items() if g.abs().max() > 0}
-        assert len(expected) > 10
+        assert_same({"loads": loads(model)}, {"loads": rank[case]["loads"]}, 1e-6)
+        ours = {n: g for n, g in rank[case]["gradients"].items() if g.abs().max() > 0}
         assert_same(expected, ours, 1e-6)
 
 
@@ -94,12 +71,28 @@ def test_accumulation_on_two_processes_keeps_the_poisson_part(ranks, kind, case,
         assert_same(ours, theirs, 1e-5)
 
 
-def test_unequal_packed_batches_take_their_share_of_the_labels(ranks):
-    steps, own = ranks[0]["packed"]
-    other = ranks[1]["packed"][1]
-    together = [batch for pair in zip(own, other, strict=True) for batch in pair]
-    for ours, theirs in zip(by_hand(together, 2, "labels", **POISSON_ONLY), steps, strict=True):
-        assert_same(ours, theirs, 1e-5)
+@pytest.mark.parametrize(
+    ("case", "accumulation", "collator"),
+    [
+        ("padding", 1, "padding"),
+        ("packing", 1, "packing"),
+        ("unequal accumulated", 2, "padding"),
+        ("sft unequal", 1, "sft"),
+    ],
+)
+def test_two_processes_with_unequal_numbers_of_tokens_equal_one(
+    ranks, case, accumulation, collator, tmp_path
+):
+    """Both losses, over two steps; with packing, the processes differ in labels per token too."""
+    if collator == "sft":
+        one = run_sft(tmp_path, UNEQUAL)[0]
+    else:
+        one = run_trainer(tmp_path, UNEQUAL, accumulation, collator)[0]
+    assert len(one) == 2
+    for rank in ranks:
+        for ours, theirs in zip(one, rank[case], strict=True):
+            assert_same(router_part(ours), router_part(theirs), 1e-5)
+            assert_same(ours, theirs, 1e-5)
 
 
 def test_coefficient_zero_trains_on_two_processes(ranks):

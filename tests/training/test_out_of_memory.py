@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import LlamaConfig
+from small_llama import ADAPTERS, with_vocabulary
 
 from graphlora import GraphLoraConfig
 from graphlora.benchmark.layer import Setting
@@ -107,18 +106,6 @@ def test_an_error_that_is_its_own_cause_is_left_alone():
         fail(error)
 
 
-LLAMA = LlamaConfig(
-    vocab_size=700,
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=5,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-ADAPTERS = {
-    "lora": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
-    "graphlora": GraphLoraConfig(task_type="CAUSAL_LM"),
-}
 # Relative to the measured peak.
 TOLERANCE = 0.15
 
@@ -127,13 +114,14 @@ TOLERANCE = 0.15
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_predicted_savings_are_those_of_real_runs(kind):
     run = Run(rows=4, length=160, positions=160)
-    model = MemoryModel(LLAMA, ADAPTERS[kind], CPU, torch.float32)
+    config = with_vocabulary(700)
+    model = MemoryModel(config, ADAPTERS[kind], CPU, torch.float32)
 
     def measured(rows=4, length=160, gradient_checkpointing=False, recompute_gate_up=False) -> int:
         adapter = ADAPTERS[kind]
         if recompute_gate_up:
             adapter = GraphLoraConfig(task_type="CAUSAL_LM", recompute_gate_up=True)
-        setting = Setting(LLAMA, rows, length, CPU, torch.float32, gradient_checkpointing, iterations=1)
+        setting = Setting(config, rows, length, CPU, torch.float32, gradient_checkpointing, iterations=1)
         return measure_whole(setting, adapter).peak
 
     peak = measured()
@@ -150,8 +138,7 @@ def test_predicted_savings_are_those_of_real_runs(kind):
 
 
 def test_a_fused_loss_saves_the_logits_of_a_large_vocabulary():
-    config = LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 50_000})
-    model = MemoryModel(config, ADAPTERS["lora"], CPU, torch.float32)
+    model = MemoryModel(with_vocabulary(50_000), ADAPTERS["lora"], CPU, torch.float32)
     run = Run(rows=4, length=160, positions=160)
     assert model.saving(run, fused_loss=True) > 4 * 160 * 50_000 * 4
     assert model.saving(replace(run, positions=1), fused_loss=True) < 1e6

@@ -1,10 +1,5 @@
 """Training in two processes (gloo), with the base whole (DDP) and sharded (FSDP2), is training in one."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +7,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import PeftModel
+from reliability.launching import EFFICIENT, FSDP, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,70 +16,25 @@ from graphlora.errors import GraphLoraError
 from graphlora.training import Recipe, train
 from graphlora.training.processes import check_launch, wants_sharding
 
-SUPPORT = Path(__file__).parents[1] / "support" / "launched.py"
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
-EFFICIENT = FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 ROWS_PER_STEP, STEPS = 8, 4
+# Seconds that the processes may take.
+TIMEOUT = 300.0
 GRAPHLORA = {"method": "graphlora", "num_experts": 4, "top_k": 2, "router_hidden_size": 16}
 # Sums over two halves are rounded in another order than sums over the whole.
 TOLERANCE = 2e-5
 
 
-def start(cases: list[dict], folder: Path, count: int = 2) -> dict[str, list[dict]]:
-    """Run cases in processes of their own; what each rank saw, by case."""
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = folder / "cases.json"
-    listed.write_text(json.dumps(cases))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    shared |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SUPPORT), str(listed), str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
-    names = [case["name"] for case in cases]
-    return {
-        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(count)]
-        for name in names
-    }
-
-
 class Runs:
     """Recipes of the same training, for one process and for two."""
 
-    def __init__(self, folder: Path, model: Path, equal: Path, unequal: Path) -> None:
-        self.folder, self.model = folder, model
-        self.data = {"graphlora": equal, "lora": unequal}
+    def __init__(self, folder: Path, model: Path, data: Path) -> None:
+        self.folder, self.model, self.data = folder, model, data
 
     def recipe(self, name: str, method: str, processes: int = 1, **changes) -> dict:
-        """Eight rows per step, half at a time; rows of unequal length for plain LoRA; an odd number to validate on.
-
-        The auxiliary losses weight a process by its labels, so they are those of one process for equal rows only.
-        """
+        """Eight rows of unequal length per step, half at a time; an odd number of rows to validate on."""
         options = {
             "model": str(self.model),
-            "task": str(self.data[method]),
+            "task": str(self.data),
             "output_dir": str(self.folder / name),
             "dtype": "float32",
             "r": 4,
@@ -105,10 +56,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_model, choices_file) -> Runs:
-    folder = tmp_path_factory.mktemp("processes")
-    lines = [json.dumps({"prompt": "What color is the", "completion": f" {n % 10}"}) for n in range(40)]
-    (folder / "equal.jsonl").write_text("\n".join(lines) + "\n")
-    return Runs(folder, tiny_model, folder / "equal.jsonl", choices_file)
+    return Runs(tmp_path_factory.mktemp("processes"), tiny_model, choices_file)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +102,7 @@ def two(runs) -> dict[str, list[dict]]:
             "environment": FSDP | {"AS_ON_CPUS": "1"},
         },
     ]
-    return start(cases, runs.folder / "seen")
+    return start(cases, runs.folder / "seen", 2, TIMEOUT)
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +129,12 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["lora", "graphlora"])
 def test_two_processes_learn_what_one_learns(runs, two, one, way, method):
-    """With accumulation, and for plain LoRA with rows of unequal length: labels are counted over both processes."""
+    """With accumulation and rows of unequal length: labels and tokens are counted over both processes."""
     expected = [entry["loss"] for entry in one[method].history if "loss" in entry]
     for rank in two[f"{way} {method}"]:
         assert rank["losses"] == pytest.approx(expected, rel=TOLERANCE)
         # The loss on unequal rows is a mean of batches' means in Trainer, so it depends on how they are split.
-        for name in rank["metrics"].keys() - ({"eval_loss"} if method == "lora" else set()):
+        for name in rank["metrics"].keys() - {"eval_loss"}:
             assert rank["metrics"][name] == pytest.approx(one[method].metrics[name], rel=TOLERANCE), name
     assert_close(one[method].output_dir, runs.folder / f"{way} {method}", 10 * TOLERANCE)
 
@@ -225,7 +173,7 @@ def test_quantized_bases_and_modules_trained_in_full_can_be_sharded(runs):
         for way, variables in ((f"{name} whole", {}), (name, environment)):
             recipe = runs.recipe(way, method, 2, **changes)
             cases.append({"name": way, "recipe": recipe, "environment": variables})
-    found = start(cases, runs.folder / "seen more")
+    found = start(cases, runs.folder / "seen more", 2, TIMEOUT)
     for name in kinds:
         assert found[name][0]["sharded"] > 10
         assert [rank["losses"] for rank in found[name]] == [rank["losses"] for rank in found[f"{name} whole"]]

@@ -134,7 +134,7 @@ def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
 
-def _train(model: torch.nn.Module, steps: int = 6) -> tuple[list[float], list[str]]:
+def _train(model: torch.nn.Module, steps: int = 8) -> tuple[list[float], list[str]]:
     """Losses of a few steps, and the trainable parameters that never had a gradient."""
     model.train()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

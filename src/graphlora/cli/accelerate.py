@@ -24,7 +24,7 @@ cp "$(graphlora accelerate fsdp2)" my.yaml
 def build_parser() -> ArgumentParser:
     """Parser of the command."""
     parser = make_parser("graphlora accelerate [NAME]", DESCRIPTION, EXAMPLE)
-    parser.add_argument("name", type=str | None, nargs="?", default=None, help=", ".join(config_files()))
+    parser.add_argument("name", type=str | None, nargs="?", help=", ".join(config_files()))
     return parser
 
 

@@ -60,7 +60,7 @@ def underscored(arguments: Iterable[str]) -> list[str]:
 def explained(error: ArgumentError, options: set[str]) -> GraphLoraError:
     """One line for what the parser refused, with the option that was probably meant."""
     text = " ".join(str(error).split())
-    if text.startswith("unrecognized arguments:"):
+    if text.lower().startswith("unrecognized arguments:"):
         name = text.split(":", 1)[1].split()[0]
         return GraphLoraError(f"unknown argument {name}{suggestion(name.split('=')[0], options)}")
     if found := re.match(r'Parser key "([^"]+)": Expected an? (.*)\. Got value: (.*)$', text):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from graphlora.tuner.config import GraphLoraConfig
     from graphlora.tuner.tuner_layer import RoutedLayer
 
-_Sums = tuple[Tensor, list[Tensor], list[Tensor]]
+_Sums = tuple["Tensor | None", list[Tensor], list[Tensor]]
 _KERNEL_EXPERTS = 64
 
 
@@ -42,8 +42,12 @@ def auxiliary_loss(
 ) -> Tensor:
     """Weighted sum of the auxiliary losses of one forward; in a training forward, also takes the loads in.
 
+    Over several processes, the mean of the gradients over processes is the gradient of the losses of all their tokens,
+    also where they hold unequal numbers of tokens. The losses of the other methods (`balance_losses`) are those of a
+    process's own tokens, weighted by their number.
+
     Args:
-        record: routing of every block.
+        record: routing of every block; in training, its share becomes the mean over all processes.
         masks: flags of the tokens that count, by side (`graphlora.tuner.masks`).
         adapter_name: the active adapter.
         config: its configuration.
@@ -77,10 +81,12 @@ def _weighted_sum(
     total = torch.zeros((), device=device)
     sums = _fused_sums if _has_kernel(entries, config, device) else _torch_sums
     poisson, loads, logits = sums(entries, adapter_name, config, device)
-    if config.router_poisson_loss_coef:
-        total = total + config.router_poisson_loss_coef * poisson
+    weights = None
     if record.training:
-        loads = _sum_over_ranks(entries, loads, logits, adapter_name)
+        loads, weights = _sum_over_ranks(record, entries, loads, logits, adapter_name)
+    if poisson is not None:
+        mean = poisson.mean() if weights is None else (weights * poisson).mean()
+        total = total + config.router_poisson_loss_coef * mean
     windowed = []
     # A batch alone is too noisy to report, so the batch window remembers as the ema does.
     kept = "cumulative" if config.load_window == "cumulative" else "ema"
@@ -94,7 +100,8 @@ def _weighted_sum(
         total = total + config.router_normal_loss_coef * _normal(
             entries, windowed, adapter_name, config, device
         )
-    total = total + balance_losses(list(_groups(entries).values()), config, num_samples, device)
+    balance = balance_losses(list(_groups(entries).values()), config, num_samples, device)
+    total = total + (balance if weights is None else weights.mean() * balance)
     penalties = [p for p in (_edge_penalty(layer, adapter_name) for layer, _, _ in entries) if p is not None]
     if penalties and config.edge_density_loss_coef:
         penalty = torch.stack([p.to(device) for p in penalties]).mean()
@@ -137,10 +144,8 @@ def _has_kernel(entries: list[Entry], config: GraphLoraConfig, device: torch.dev
 def _torch_sums(
     entries: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
 ) -> _Sums:
-    """Poisson loss, loads, and sums of the centered logits with the number of tokens, by block."""
-    poisson = torch.zeros((), device=device)
-    if config.router_poisson_loss_coef:
-        poisson = _poisson(entries, adapter_name, config, device)
+    """By block: Poisson loss (if it counts), loads, sums of the centered logits with the number of tokens."""
+    poisson = _poisson(entries, adapter_name, config, device) if config.router_poisson_loss_coef else None
     loads = [_batch_load(routing, mask, config).to(device) for _, routing, mask in entries]
     logits = [torch.cat([t.to(device) for t in _summed_logits(r, mask)]) for _, r, mask in entries]
     return poisson, loads, logits
@@ -152,7 +157,7 @@ def _fused_sums(
     """As `_torch_sums`, from one kernel per direction for all blocks of equal shape."""
     from graphlora.ops.routing_sums.triton import routing_sums_triton
 
-    per_block: list[Tensor] = []
+    per_group: list[Tensor] = []
     found: dict[int, tuple[Tensor, Tensor]] = {}
     absolute = config.divergence != "kl"
     for group in _groups(entries).values():
@@ -177,19 +182,20 @@ def _fused_sums(
             eps=LOG_EPS,
             count_probs=not config.norm_load_weights,
         )
-        per_block.append((target * sums.divergence).sum(dim=-1) / sums.count.clamp_min(1))
+        per_group.append((target * sums.divergence).sum(dim=-1) / sums.count.clamp_min(1))
         logits_and_count = torch.cat([sums.logits, sums.count[:, None]], dim=1)
         for (_, routing, _), load, logit in zip(group, sums.load, logits_and_count, strict=True):
             found[id(routing)] = load, logit
     loads, logits = zip(*(found[id(routing)] for _, routing, _ in entries), strict=True)
-    return torch.cat(per_block).mean(), list(loads), list(logits)
+    poisson = _in_order(entries, per_group) if config.router_poisson_loss_coef else None
+    return poisson, list(loads), list(logits)
 
 
 def _poisson(
     entries: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
 ) -> Tensor:
-    """Mean over blocks of the mean over tokens that count; blocks of equal shape are taken together."""
-    per_block = []
+    """Mean over the tokens that count, `[blocks]`; blocks of equal shape are taken together."""
+    per_group = []
     for group in _groups(entries).values():
         probs = torch.stack([routing.router_probs.to(device) for _, routing, _ in group])
         rates = torch.stack(
@@ -198,11 +204,11 @@ def _poisson(
         per_token = poisson_distinction(probs, rates, config.divergence)
         mask = group[0][2]
         if mask is None:
-            per_block.append(per_token.mean(dim=-1) if per_token.shape[-1] else per_token.sum(dim=-1))
+            per_group.append(per_token.mean(dim=-1) if per_token.shape[-1] else per_token.sum(dim=-1))
         else:
             flags = mask.to(device, per_token.dtype)
-            per_block.append((per_token * flags).sum(dim=-1) / flags.sum().clamp_min(1))
-    return torch.cat(per_block).mean()
+            per_group.append((per_token * flags).sum(dim=-1) / flags.sum().clamp_min(1))
+    return _in_order(entries, per_group)
 
 
 def _normal(
@@ -243,27 +249,45 @@ def _summed_logits(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _sum_over_ranks(
-    entries: list[Entry], loads: list[Tensor], logits: list[Tensor], adapter_name: str
-) -> list[Tensor]:
-    """Loads summed over all processes, by the one reduction of a training forward; also centers the routers.
+    record: RoutingRecord,
+    entries: list[Entry],
+    loads: list[Tensor],
+    logits: list[Tensor],
+    adapter_name: str,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Takes in what all processes saw, by the one reduction of a training forward; also centers the routers.
 
     `logits` are sums of the centered logits with the number of tokens behind them, `[num_experts + 1]` by block.
+
+    Returns:
+        The loads summed over all processes, and by which each block's mean over tokens is to be multiplied, `[blocks]`:
+        the process's share of all tokens times the number of processes, over which gradients are averaged. None in a
+        single process.
     """
     parts = [part for load, logit in zip(loads, logits, strict=True) for part in (load.detach(), logit)]
-    summed = torch.cat(parts)
-    world_size = 1
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        world_size = dist.get_world_size()
-        dist.all_reduce(summed)
     sizes = [len(part) for part in parts]
-    pieces = summed.split(sizes)
-    result = []
-    for i, ((layer, _, _), load) in enumerate(zip(entries, loads, strict=True)):
-        total_load, total_logits = pieces[2 * i : 2 * i + 2]
-        result.append(load if world_size == 1 else all_ranks_load(load, total_load, world_size))
-        at_home = total_logits.to(layer.coordination(adapter_name).cumulative_weights.device)
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world_size > 1:
+        share = record.share
+        parts.append(
+            share.to(parts[0]).reshape(1) if isinstance(share, Tensor) else parts[0].new_full((1,), share)
+        )
+    summed = torch.cat(parts)
+    if world_size > 1:
+        dist.all_reduce(summed)
+        record.share = summed[-1] / world_size
+    pieces = summed[: sum(sizes)].split(sizes)
+    total_loads, total_logits = pieces[::2], pieces[1::2]
+    for (layer, _, _), total in zip(entries, total_logits, strict=True):
+        at_home = total.to(layer.coordination(adapter_name).cumulative_weights.device)
         layer.router(adapter_name).collect(at_home[:-1], at_home[-1])
-    return result
+    if world_size == 1:
+        return loads, None
+    own, everywhere = (
+        torch.stack([part[-1].detach() for part in column]) for column in (logits, total_logits)
+    )
+    weights = world_size * own / everywhere.clamp_min(1)
+    return [all_ranks_load(*pair, world_size) for pair in zip(loads, total_loads, strict=True)], weights
 
 
 def _edge_penalty(layer: RoutedLayer, adapter_name: str) -> Tensor | None:
@@ -271,6 +295,15 @@ def _edge_penalty(layer: RoutedLayer, adapter_name: str) -> Tensor | None:
     if not isinstance(router, GraphRouter) or router.edge_logits is None:
         return None
     return edge_density_penalty(torch.sigmoid(router.edge_logits.float()), router.edge_density)
+
+
+def _in_order(entries: list[Entry], per_group: list[Tensor]) -> Tensor:
+    """Values of blocks, given by groups, in the order of the entries: `[blocks]`."""
+    if len(per_group) == 1:
+        return per_group[0]
+    grouped = [routing for group in _groups(entries).values() for _, routing, _ in group]
+    found = {id(r): value for r, value in zip(grouped, torch.cat(per_group), strict=True)}
+    return torch.stack([found[id(routing)] for _, routing, _ in entries])
 
 
 def _groups(entries: list[Entry]) -> dict[tuple[object, ...], list[Entry]]:

@@ -238,11 +238,12 @@ class GraphLoraModel(BaseTuner):
         inputs = named_arguments(module, args, kwargs)
         masks = token_masks(inputs, is_encoder_decoder)
         own = cast(GraphLoraConfig, self.peft_config[name])
+        if record.training:
+            record.share = share_of_batch(module, inputs, is_encoder_decoder)
         aux_loss = auxiliary_loss(record, masks, name, own, num_samples(inputs))
         if not self._wanted:
             aux_loss = torch.zeros_like(aux_loss)
-        share = share_of_batch(module, inputs, is_encoder_decoder) if record.training else 0.0
-        return _join(outputs, aux_loss, share, inputs.get("labels") is not None, record)
+        return _join(outputs, aux_loss, inputs.get("labels") is not None, record)
 
     def record_routing(self) -> AbstractContextManager[dict[str, Routing]]:
         """Context in which the routing of every forward is kept, detached: a dict of block name to `Routing`."""
@@ -328,19 +329,17 @@ def _block_stats(layer: RoutedLayer, name: str) -> dict[str, Any]:
     }
 
 
-def _join(
-    outputs: Any, aux_loss: Tensor, share: Tensor | float, has_labels: bool, record: RoutingRecord
-) -> Any:
-    """The one place where the auxiliary loss meets the loss; `share` of it is added in training."""
+def _join(outputs: Any, aux_loss: Tensor, has_labels: bool, record: RoutingRecord) -> Any:
+    """The one place where the auxiliary loss meets the loss; in training, the record's share of it is added."""
     if isinstance(outputs, tuple):
         if not record.training or not has_labels:
             return outputs
-        return (outputs[0] + (share * aux_loss).to(outputs[0].device, outputs[0].dtype), *outputs[1:])
+        return (outputs[0] + (record.share * aux_loss).to(outputs[0].device, outputs[0].dtype), *outputs[1:])
     if not isinstance(outputs, ModelOutput):
         return outputs
     loss = getattr(outputs, "loss", None)
     if record.training and isinstance(loss, Tensor):
-        outputs.loss = loss + (share * aux_loss).to(loss.device, loss.dtype)
+        outputs.loss = loss + (record.share * aux_loss).to(loss.device, loss.dtype)
     return with_aux(outputs, aux_loss, tuple(routing.router_logits for _, routing in record.entries))
 
 

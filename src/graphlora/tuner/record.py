@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from graphlora.errors import GraphLoraError
 from graphlora.router import Routing
@@ -28,10 +29,12 @@ class RoutingRecord:
     Attributes:
         training: whether this forward is optimized (training mode, gradients on).
         entries: pairs of layer and routing; several in a row for a block that ran several times.
+        share: share of the optimized batch that this forward is; the weight of its auxiliary loss.
     """
 
     training: bool
     entries: list[tuple[RoutedLayer, Routing]] = field(default_factory=list)
+    share: Tensor | float = 1.0
 
 
 class Recorder:

@@ -185,7 +185,9 @@ def _mix_kernel(
         low_up = tl.load(low_at + N * R, mask=own, other=0.0)
         delta_g = _rounded_dot(b_gate, low_gate, delta_g, DOT)
         delta_u = _rounded_dot(b_up, low_up, delta_u, DOT)
-    hidden = activation(g.to(tl.float32) + scaling * delta_g, ACT) * (u.to(tl.float32) + scaling * delta_u)
+    hidden = activation(g.to(tl.float32) + scaling * delta_g, ACT, True) * (
+        u.to(tl.float32) + scaling * delta_u
+    )
     hidden = hidden * weight[None, :]
     m = tl.sum(tl.reshape(hidden, [BF, BT, KP]), axis=2)
     token = tl.program_id(1) * BT + tl.arange(0, BT)

@@ -136,7 +136,7 @@ def _mix_kernel(
     a = tl.load(down_A + a_at, mask=tile, other=0.0).to(tl.float32)
     delta_g = tl.sum(_rounded(b_gate, DOT) * _rounded(low_gate, DOT), axis=2)
     delta_u = tl.sum(_rounded(b_up, DOT) * _rounded(low_up, DOT), axis=2)
-    hidden = activation(g[:, None] + scaling * delta_g, ACT) * (u[:, None] + scaling * delta_u)
+    hidden = activation(g[:, None] + scaling * delta_g, ACT, True) * (u[:, None] + scaling * delta_u)
     hidden = tl.where((k < K)[None, :], hidden * weight[None, :], 0.0)
     m = tl.sum(hidden, axis=1)
     tl.store(mixed + t * f + f_pos, narrowed(m, mixed.dtype.element_ty), mask=f_ok)
