@@ -51,6 +51,11 @@ def choose(tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(autouse=True)
+def _kernels_for_one_token(monkeypatch):
+    monkeypatch.setattr(triton_single, "TOKENS", 1)
+
+
+@pytest.fixture(autouse=True)
 def _poisoned_memory():
     """New memory is filled with NaN, so that what is read before it is written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -10,10 +10,9 @@ import torch
 
 Main = TypeVar("Main")
 Side = TypeVar("Side")
-# Higher than that of ordinary streams, and a property of each node of the graph (PyTorch 2.10 and later): where the
-# blocks of a large product wait for room, those of the side branch go first. Its few blocks would otherwise start when
-# the product is almost done, and the next kernel of the branch would wait for the next product.
-_PRIORITY = -1
+# Of the side branch, a property of each node of the graph (PyTorch 2.10 and later). With -1 its few blocks go first
+# where those of a large product wait for room; not measured yet, so it has that of ordinary streams.
+_PRIORITY = 0
 
 
 def run_beside(main: Callable[[], Main], side: Callable[[], Side], device: torch.device) -> tuple[Main, Side]:
