@@ -164,6 +164,10 @@ def _draw_differences(found: Sequence[Comparison], scores: ModelScores, label: s
 
 
 def _rows(axes: Any, labels: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    # More numbers than that touch each other where differences are hundredths.
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_yticks(range(len(labels)), labels, fontsize=FONT)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
