@@ -117,7 +117,10 @@ def test_compiled_steps_learn_what_eager_ones_learn(tiny_recipe):
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_a_base_in_four_bits_trains(any_recipe):
-    result = train(Recipe.from_dict(any_recipe | {"load_in_4bit": True, "max_steps": 3, "eval_steps": 3}))
+    options = {"load_in_4bit": True, "max_steps": 3, "eval_steps": 3}
+    if any_recipe["method"] == "graphlora":
+        options["router_normal_loss_coef"] = 1.0  # so that the text makes most of the loss
+    result = train(Recipe.from_dict(any_recipe | options))
     assert 0 < result.metrics["train_loss"] < 10
     kinds = {type(module).__name__ for module in result.model.modules()}
     assert "Linear4bit" in kinds

@@ -349,7 +349,9 @@ def test_training_works_outside_the_main_thread(tiny_recipe):
     ids=lambda options: next(iter(options)) + "=" + str(next(iter(options.values()))),
 )
 def test_options_train_and_learn(tiny_recipe, options):
-    result = train(Recipe.from_dict(tiny_recipe | {"method": "graphlora", **GRAPHLORA} | options))
+    # With few tokens and a high learning rate the normal loss is far larger than that of the text, and hides it.
+    adapter = {"method": "graphlora", **GRAPHLORA, "router_normal_loss_coef": 1.0}
+    result = train(Recipe.from_dict(tiny_recipe | adapter | options))
     assert 0 < result.metrics["train_loss"] < 10
     trained = [p for p in result.model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in trained)
