@@ -50,8 +50,9 @@ class Estimator:
         for run in runs:
             record = records.get(run.run_id)
             if record is not None and record.wall_time is not None:
+                memory = record.metrics.get("peak_reserved") or record.peak_memory
                 for key in _keys(run):
-                    self._times[key].append((record.wall_time, record.peak_memory))
+                    self._times[key].append((record.wall_time, memory))
 
     def __call__(self, run: Run) -> Estimate:
         """Cost of a run: that of like runs (same variant; else any variant) on the same model and task."""

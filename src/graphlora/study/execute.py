@@ -31,7 +31,7 @@ from graphlora.training.checkpoints import (
     last_checkpoint,
 )
 from graphlora.training.loading import pick_device, pick_dtype
-from graphlora.training.measuring import peak_memory, start_measuring
+from graphlora.training.measuring import peak_memory, peak_reserved, start_measuring
 from graphlora.training.recipe import Recipe
 from graphlora.training.run import TrainResult, train
 from graphlora.training.run_data import RunData
@@ -236,10 +236,13 @@ def _record(
     scores = metrics.get(run.evaluate) or {}
     values = [part[run.metric] for part in scores.values() if part.get(run.metric) is not None]
     device, _ = _device_and_dtype(recipe)
+    # Runs beside each other share what each has taken, not what each uses.
+    taken = {} if device.type != "cuda" else {"peak_reserved": peak_reserved(device)}
     record = RunRecord.create(
         KIND,
         config,
         {
+            **taken,
             "task": run.task,
             "metric": run.metric,
             "score": sum(values) / len(values) if values else None,
