@@ -8,7 +8,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 from graphlora import graph
 from graphlora.ops.backend import interprets_triton
-from graphlora.ops.graph_route import GraphWeights, graph_logits_eager, triton_launch
+from graphlora.ops.graph_route import GraphWeights, graph_logits_eager, triton_launch, triton_tiles
 from graphlora.ops.graph_route.triton import (
     RouterWeights,
     graph_route_beside,
@@ -217,7 +217,7 @@ def test_a_frozen_router_gives_the_tokens_their_gradient():
 )
 def test_half_precision_stays_within_its_bound(dtype, options, monkeypatch):
     """README.md states the bound; the third router takes the tiles of many tokens."""
-    monkeypatch.setattr(triton_launch, "_MANY_ROWS", 1)
+    monkeypatch.setattr(triton_tiles, "_MANY_ROWS", 1)
     case = Case(**{"tokens": 70, "d": 128, "g": 64, "num_experts": 8, "dtype": dtype} | options)
     found, exact = case.run(case.fused, used=OUTPUTS[:2]), case.run(case.printed, used=OUTPUTS[:2])
     error = (found["router_logits"] - exact["router_logits"]).square().mean().sqrt()

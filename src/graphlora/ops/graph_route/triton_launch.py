@@ -5,8 +5,6 @@ README.md counts them. All outputs are fresh tensors; an output that a call does
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch import Tensor
 from graphlora.ops.graph_route import triton_nodes as nodes
 from graphlora.ops.graph_route import triton_static as static_part
 from graphlora.ops.graph_route import triton_tokens as tokens_part
+from graphlora.ops.graph_route.triton_tiles import Tiles, input_tiles, tiles_for
 
 # Tokens, columns and registers of the kernel that ends the gradient of x: with more registers fewer programs fit.
 _INPUT_TOKENS, _INPUT_COLUMNS, _INPUT_REGISTERS = 128, 128, 128
@@ -22,98 +21,7 @@ _SCRATCH_BYTES = 256 * 2**20
 _COPY_BLOCK, _STATIC_COLUMNS, _TOKEN_COLUMNS, _SUM_COLUMNS = 4096, 16, 64, 32
 # Numbers of x that a program reads for its sums of squares, and how many of one token at a time.
 _SQUARES, _LONGEST = 8192, 4096
-# Tiles of node rows in 16 bits: rows, warps, and how many steps ahead layer 2's weights are read. With more rows the
-# weights are read less often, but fewer programs share a multiprocessor. By `(backward, has a self weight)`.
-_SMALL_TILES = (64, 4, 2)
-_WIDE_TILES = {
-    (False, False): (64, 4, 2),
-    (False, True): (128, 8, 2),
-    (True, False): (64, 4, 2),
-    (True, True): (128, 8, 2),
-}
-_MANY_ROWS = 2**15
 _library = torch.library.Library("graphlora", "FRAGMENT")
-
-
-class _Tiles(NamedTuple):
-    """Tile sizes of one router shape; the names are those of the kernels' arguments.
-
-    Attributes:
-        tokens: BT of the kernels over nodes.
-        num_nodes: NP.
-        width: G.
-        columns: BK of layer 2.
-        columns_back: BO, what the backward kernel takes of layer 1 at a time.
-        warps: of the kernels over nodes.
-        stages: how many steps ahead layer 2's weights are read.
-        depth: BK of the kernels over tokens.
-        token_rows: BT of the kernels over tokens.
-        precise: float32 products.
-    """
-
-    tokens: int
-    num_nodes: int
-    width: int
-    columns: int
-    columns_back: int
-    warps: int
-    stages: int
-    depth: int
-    token_rows: int
-    precise: bool
-
-    @property
-    def node_constants(self) -> dict[str, int | bool]:
-        return {
-            "BT": self.tokens,
-            "NP": self.num_nodes,
-            "TP": max(16, self.tokens),
-            "G": self.width,
-            "BK": self.columns,
-            "STAGES": self.stages,
-            "PRECISE": self.precise,
-            "num_warps": self.warps,
-        }
-
-    @property
-    def token_constants(self) -> dict[str, int | bool]:
-        return {"BT": self.token_rows, "G": self.width, "BK": self.depth, "PRECISE": self.precise}
-
-
-def _tiles(
-    tokens: int, num_experts: int, g: int, dtype: torch.dtype,
-    has_self: bool = False, backward: bool = False, edges: bool = False,
-) -> _Tiles:  # fmt: skip
-    """Tile sizes of the kernels over nodes and of those over tokens; `edges`: whether the graph has a gradient."""
-    precise = dtype == torch.float32
-    num_nodes = triton.next_power_of_2(num_experts)
-    width = max(16 if precise else 64, triton.next_power_of_2(g))
-    if precise:
-        rows, warps, stages = 32, 4, 1
-    elif width <= 64 or tokens * num_nodes < _MANY_ROWS or num_nodes > 16 or edges:
-        # Shared memory holds no more where there are many nodes or a graph to train.
-        rows, warps, stages = _SMALL_TILES
-    else:
-        rows, warps, stages = _WIDE_TILES[backward, has_self]
-    return _Tiles(
-        tokens=max(rows // num_nodes, 1),
-        num_nodes=num_nodes,
-        width=width,
-        columns=min(width, 32 if precise else 64),
-        columns_back=min(width, 16 if precise else 64),
-        warps=warps,
-        stages=stages,
-        depth=min(width, 32 if precise else 64),
-        token_rows=16 if tokens <= 1024 else 64,
-        precise=precise,
-    )
-
-
-def _input_tiles(tiles: _Tiles) -> tuple[int, int, int, int]:
-    """Of the gradient of x: tokens and columns of a tile, steps read ahead, and how many programs a GPU should get."""
-    if tiles.precise:
-        return 32, 32, 1, 1024
-    return (128, 64, 3, 128) if tiles.width > 64 else (128, 64, 3, 256)
 
 
 def _copied(source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,7 +82,7 @@ def prepare(
     static, proj_rounded, conv_rounded, self_rounded, square_sum = outputs
     num_experts, g = features.shape
     tokens, d = x.shape
-    tiles = _tiles(tokens, num_experts, g, x.dtype)
+    tiles = tiles_for(tokens, num_experts, g, x.dtype)
     row_block = min(triton.next_power_of_2(d), _LONGEST)
     rows = _SQUARES // row_block
     blocks = [
@@ -267,7 +175,7 @@ def finish(
         return outputs
     has_self = self_weight is not None
     own = conv if self_weight is None else self_weight
-    tiles = _tiles(tokens, num_experts, g, torch.float32 if precise else torch.bfloat16, has_self)
+    tiles = tiles_for(tokens, num_experts, g, torch.float32 if precise else torch.bfloat16, has_self)
     block = min(tiles.width, _TOKEN_COLUMNS)
     tokens_part.tokens_forward_kernel[(triton.cdiv(tokens, tiles.token_rows), triton.cdiv(g, block), 1 + has_self)](
         z, square_sum, conv, own, vq, tokens, d, eps, z.stride(0), g,
@@ -316,7 +224,7 @@ def backward(
     (tokens, d), (num_experts, g) = x.shape, features.shape
     has_self = self_weight is not None
     own_rounded = conv_rounded if self_rounded is None else self_rounded
-    tiles = _tiles(tokens, num_experts, g, x.dtype, has_self, True, graph_grad)
+    tiles = tiles_for(tokens, num_experts, g, x.dtype, has_self, True, graph_grad)
     if tokens == 0:
         return tuple(t.zero_() for t in outputs)
     common = {"ACT": act, "SELF": has_self}
@@ -361,7 +269,7 @@ def backward(
 
 def _input_gradient(
     grad_z: Tensor, proj: Tensor, pull: Tensor, x: Tensor, grad_passed: Tensor | None, grad_x: Tensor,
-    tiles: _Tiles, g: int, normalized: bool,
+    tiles: Tiles, g: int, normalized: bool,
 ) -> None:  # fmt: skip
     """Writes `grad_x`; a block's products beside the router, and its gradient of x, take a kernel of their own."""
     (tokens, d), columns = x.shape, len(proj)
@@ -375,7 +283,7 @@ def _input_gradient(
             num_stages=2, maxnreg=_INPUT_REGISTERS, **constants,
         )  # fmt: skip
         return
-    rows, block, stages, programs = _input_tiles(tiles)
+    rows, block, stages, programs = input_tiles(tiles)
     parts = triton.cdiv(programs, triton.cdiv(tokens, rows))
     step = triton.cdiv(triton.cdiv(d, parts), block) * block
     tokens_part.input_gradient_kernel[(triton.cdiv(d, step), triton.cdiv(tokens, rows))](
@@ -386,7 +294,7 @@ def _input_gradient(
 def _node_gradients(
     grad_logits: Tensor | None, grad_probs: Tensor | None, grad_weights: Tensor | None,
     conv: Tensor, own: Tensor, out: Tensor, vq: Tensor, static: Tensor, probs: Tensor, index: Tensor,
-    tiles: _Tiles, residual: float, norm_topk_prob: bool, graph_grad: bool, common: dict[str, str | bool],
+    tiles: Tiles, residual: float, norm_topk_prob: bool, graph_grad: bool, common: dict[str, str | bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of v (and q) and of layer 2's weights; every tile's shares of the others.
 
