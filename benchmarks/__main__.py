@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
     device = _device(options.device)
     folders = [options.out, *([RESULTS] if options.out.resolve() != RESULTS else [])]
     if options.resume:
-        cases = runner.missing_cases(cases, read(folders))
+        cases = _not_measured(cases, read(folders))
     if device == "cuda":
         # The CPU's own row would waste a GPU's time.
         cases = [case for case in cases if SUITES[case.suite].device != "cpu"]
@@ -103,6 +103,19 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
         f"{out}: {runner.summary([m for m in found if m.provenance.get('command') == command])}; {left} cases left"
     )
     return 0
+
+
+def _not_measured(cases: list[Case], measured: list[Measurement]) -> list[Case]:
+    """The cases that `--resume` leaves; says by which commits the others were measured, which may be old ones."""
+    missing = runner.missing_cases(cases, measured)
+    done = {(case.suite, case.name) for case in cases} - {(case.suite, case.name) for case in missing}
+    if done:
+        commits = {str(m.provenance.get("commit"))[:7] for m in measured if (m.suite, m.case) in done}
+        print(
+            f"{len(done)} of {len(cases)} cases are measured already (commits {', '.join(sorted(commits))}); "
+            "without --resume they are measured again"
+        )
+    return missing
 
 
 def _device(name: str) -> str:

@@ -1,9 +1,11 @@
 """The runner on a CPU with tiny sizes: the gate, the candidates, crashes and hangs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.__main__ import _not_measured
 from benchmarks.candidates.ffn import FfnBench
 from benchmarks.candidates.models import model_config, random_tokens, step_candidate, step_flops
 from benchmarks.candidates.routing import random_routing
@@ -156,6 +158,17 @@ def test_a_case_leaves_one_line_per_measurement_with_its_provenance(tmp_path):
         assert m.params["dtype"] == "float32"
         assert m.iterations == 3
         assert m.low <= m.value <= m.high
+
+
+def test_resume_says_which_commits_measured_what_it_leaves_out(tmp_path, capsys):
+    """Else nothing is measured of a new commit, and nothing is said."""
+    case, other = SUITES["router"].cases[:2]
+    runner.run(plan(tmp_path, SUITES["router"].tiny[:1]))
+    measured = [replace(m, case=case.name, tiny=False) for m in read([tmp_path])]
+    assert _not_measured([case, other], measured) == [other]
+    assert "1 of 2 cases are measured already (commits abc)" in capsys.readouterr().out
+    assert _not_measured([other], measured) == [other]
+    assert not capsys.readouterr().out
 
 
 def test_a_crash_is_recorded_and_the_next_case_is_measured(tmp_path, monkeypatch):
