@@ -15,11 +15,12 @@ from unittest import mock
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import graphlora.tuner.model
 from graphlora import GraphLoraConfig
 from reliability.record import write_record
+from reliability.tiny import two_blocks
 
 PROMISE = "Routers and losses compute in float32 under autocast (bfloat16 and float16): no bit differs from without it."
 PRESETS = ("graphlora", "paper", "released", "mixlora", "mola", "dynmole", "ld_mole", "loramoe", "hydralora")
@@ -30,16 +31,7 @@ HIDDEN, VOCABULARY = 32, 64
 def make_model(preset: str, seed: int) -> PeftModel:
     """A tiny Llama with experts that differ."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    config = two_blocks()
     adapter = GraphLoraConfig(task_type="CAUSAL_LM", preset=preset, r=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*expert graphs hold twins")

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from graphlora import GraphLoraConfig
 from reliability.record import ROOT, write_record
+from reliability.tiny import two_blocks
 
 PROMISE = (
     "Equal router logits choose the same experts, the lowest index first, on every rank, path and dtype."
@@ -34,16 +35,7 @@ SHARED, TOP_K = 6, 2
 def choices(dtype: torch.dtype, backend: str, zero: bool, autocast: bool, rank: int) -> dict[str, Any]:
     """Experts of the tokens of two rows that all processes share, `[blocks, tokens, top_k]`, and whether logits tie."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    config = two_blocks()
     adapter = GraphLoraConfig(
         task_type="CAUSAL_LM",
         preset="paper",

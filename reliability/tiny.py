@@ -123,3 +123,17 @@ def differing(one: Path, other: Path) -> tuple[int, int]:
     names = first.keys() | second.keys()
     same = [name in first and name in second and torch.equal(first[name], second[name]) for name in names]
     return same.count(False), len(names)
+
+
+def two_blocks() -> LlamaConfig:
+    """A Llama of two blocks, hidden size 32 and 64 tokens, whose large weights make routers tell tokens apart."""
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )

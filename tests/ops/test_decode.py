@@ -26,9 +26,12 @@ dtypes = pytest.mark.parametrize(
     "dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
 
-pytestmark = pytest.mark.skipif(
-    not ON_GPU and not interprets_triton(), reason="no CUDA device, and TRITON_INTERPRET is not set"
-)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(
+        not ON_GPU and not interprets_triton(), reason="no CUDA device, and TRITON_INTERPRET is not set"
+    ),
+]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -53,14 +56,6 @@ def choose(tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
 @pytest.fixture(autouse=True)
 def _kernels_for_one_token(monkeypatch):
     monkeypatch.setattr(triton_single, "TOKENS", 1)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """New memory is filled with NaN, so that what is read before it is written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @dtypes

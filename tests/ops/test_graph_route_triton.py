@@ -6,27 +6,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+from router_case import DEVICE, OUTPUTS, Case
+
 from graphlora import graph
 from graphlora.ops.backend import interprets_triton
-from graphlora.ops.graph_route import GraphWeights, graph_logits_eager, triton_launch, triton_tiles
+from graphlora.ops.graph_route import triton_launch, triton_tiles
 from graphlora.ops.graph_route.triton import (
-    RouterWeights,
     graph_route_beside,
-    graph_route_triton,
     prepare_router,
     route_from_projection,
     supports,
 )
-from graphlora.router import GraphRouter, Routing, rms_normalize, select_experts
+from graphlora.router import GraphRouter
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-OUTPUTS = ("router_logits", "router_probs", "top_k_weights", "top_k_index")
 pytestmark = [
     pytest.mark.skipif(
         DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"
@@ -43,72 +35,6 @@ def _poison(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-class Case:
-    """A random router and random tokens."""
-
-    def __init__(
-        self, tokens=11, d=40, g=20, num_experts=5, top_k=2, act="silu", self_weight=False, residual=0.0, norm=True,
-        eps=1e-6, gates=False, offset=True, dtype=torch.float32,
-    ):  # fmt: skip
-        self.generator = torch.Generator().manual_seed(tokens + num_experts)
-        self.num_experts, self.top_k, self.act, self.norm, self.eps = num_experts, top_k, act, norm, eps
-        self.residual = residual
-        self.leaves = {
-            "x": self.draw(tokens, d).to(dtype),
-            "token_proj": self.draw(g, d, scale=d**-0.5),
-            "features": self.draw(num_experts, g),
-            "conv": self.draw(2, g, g, scale=1.5 * g**-0.5),
-            "out": self.draw(g, scale=g**-0.5),
-        }
-        if self_weight:
-            self.leaves["self_weight"] = self.draw(2, g, g, scale=g**-0.5)
-        if gates:
-            self.leaves["gates"] = self.draw(num_experts * (num_experts - 1) // 2)
-        edges = graph.random_edges(num_experts, 0.4, 0)
-        self.adjacency = graph.adjacency_from_edges(num_experts, edges).to(DEVICE)
-        self.offset = self.draw(num_experts) if offset else None
-        shapes = ((tokens, num_experts), (tokens, num_experts), (tokens, top_k))
-        self.directions = [self.draw(*shape) for shape in shapes]
-
-    def draw(self, *size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=self.generator) * scale).to(DEVICE)
-
-    def fused(self, leaves: dict[str, Tensor]) -> Routing:
-        return Routing(*graph_route_triton(leaves["x"], self.weights(leaves), self.top_k, self.norm))
-
-    def weights(self, leaves: dict[str, Tensor]) -> RouterWeights:
-        edges = self.adjacency
-        if "gates" in leaves:
-            edges = graph.normalized_adjacency(graph.adjacency_from_gates(leaves["gates"], self.num_experts))
-        return RouterWeights(
-            leaves["token_proj"], leaves["features"], leaves["conv"], leaves.get("self_weight"), leaves["out"], edges,
-            self.offset, self.residual, self.act, self.eps,
-        )  # fmt: skip
-
-    def printed(self, leaves: dict[str, Tensor]) -> Routing:
-        act = ACTIVATIONS[self.act]
-        adjacency = self.adjacency
-        if "gates" in leaves:
-            adjacency = graph.adjacency_from_gates(leaves["gates"], self.num_experts)
-        x = leaves["x"].float() if self.eps is None else rms_normalize(leaves["x"], self.eps)
-        weights = GraphWeights(
-            act(leaves["features"]), leaves["conv"], leaves.get("self_weight"), None, leaves["out"], adjacency,
-            graph.normalized_adjacency(adjacency), self.residual,
-        )  # fmt: skip
-        logits = graph_logits_eager(act(x @ leaves["token_proj"].T), weights, act)
-        return select_experts(logits if self.offset is None else logits - self.offset, self.top_k, self.norm)
-
-    def run(self, path, used=OUTPUTS[:3]) -> dict[str, Tensor]:
-        """Routing and gradients, by name; `used` are the outputs that a loss reads."""
-        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in self.leaves.items()}
-        routing = path(leaves)
-        pairs = zip(OUTPUTS, self.directions, strict=False)
-        loss = sum((getattr(routing, name) * direction).sum() for name, direction in pairs if name in used)
-        grads = torch.autograd.grad(loss, list(leaves.values()))
-        outputs = {name: value.detach() for name, value in vars(routing).items()}
-        return outputs | {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 def assert_agree(case: Case, bound: float, **options) -> None:
@@ -339,97 +265,3 @@ def test_limits():
     assert not supports("gcn", 2, "silu", 64, 65, 2)
     assert not supports("gcn", 2, "silu", 64, 64, 9)
     assert not supports("gcn", 2, None, 64, 8, 2)
-
-
-# --- on a GPU --------------------------------------------------------------------------------------------------------
-
-
-def big_case(g: int, **options) -> Case:
-    return Case(tokens=8192, d=4096, g=g, num_experts=8, dtype=torch.bfloat16, **options)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("g", [64, 256])
-@pytest.mark.parametrize("options", [{"self_weight": True}, {}, {"residual": 0.5, "gates": True}])
-def test_real_shapes(g, options):
-    case = big_case(g, **options)
-    found, exact = case.run(case.fused, used=OUTPUTS[:2]), case.run(case.printed, used=OUTPUTS[:2])
-    spread = float(exact["router_logits"].std(dim=0).mean())
-    error = float((found["router_logits"] - exact["router_logits"]).square().mean().sqrt())
-    print(f"\ng={g} {options}: rms error of the logits / their spread {error / spread:.2e}")  # noqa: T201 - shown by -s
-    assert error < 0.01 * spread
-    for name, value in exact.items():
-        if name.startswith("grad of"):
-            error = float((found[name] - value).float().norm() / value.float().norm())
-            print(f"  {name}: {error:.2e}")  # noqa: T201 - shown by -s
-            assert error < 0.03, name
-    again = case.run(case.fused, used=OUTPUTS[:2])
-    assert all(torch.equal(value, again[name]) for name, value in found.items())
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_holds_forward_and_backward():
-    case = big_case(64, self_weight=True)
-    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in case.leaves.items()}
-
-    def step() -> tuple[Tensor, ...]:
-        routing = case.fused(leaves)
-        loss = (routing.router_probs * case.directions[1]).sum() + (
-            routing.top_k_weights * case.directions[2]
-        ).sum()
-        return torch.autograd.grad(loss, list(leaves.values()))
-
-    side = torch.cuda.Stream()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        with torch.cuda.stream(side):
-            expected = [grad.clone() for grad in step()]
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        grads = step()
-    captured.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("g", [64, 256])
-@pytest.mark.parametrize("self_weight", [True, False])
-def test_time_at_real_shapes(g, self_weight):
-    """Prints the time of forward and backward, replayed, and every kernel's; the must is 0.5 ms, the goal 0.26."""
-    torch.use_deterministic_algorithms(False)
-    case = big_case(g, self_weight=self_weight)
-    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in case.leaves.items()}
-
-    def step() -> None:
-        routing = case.fused(leaves)
-        torch.autograd.grad(
-            [routing.router_probs, routing.top_k_weights], list(leaves.values()), case.directions[1:]
-        )
-
-    for _ in range(5):
-        step()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        step()
-    times = []
-    for _ in range(50):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        captured.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    median = sorted(times)[len(times) // 2]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    print(f"\ng={g} self_weight={self_weight}: {median:.3f} ms, {len(kernels)} launches")  # noqa: T201 - shown by -s
-    for event in kernels:
-        print(f"  {event.device_time:7.1f} us  {event.name[:90]}")  # noqa: T201 - shown by -s
-    assert median < 0.5

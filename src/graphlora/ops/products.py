@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
+def product_float32(a: Tensor, b: Tensor, *, widen_factors: bool = False) -> Tensor:
+    """`a @ b` in float32, accumulated in float32 on CUDA, where one product can do both.
 
-def product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`, accumulated and returned in float32 where the device can do that in one product."""
-    if a.dtype == torch.float32 or a.device.type != "cuda" or not _HAS_OUT_DTYPE:
-        return (a @ b).float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+    Args:
+        a: `[m, k]`.
+        b: `[k, n]`, in the dtype of `a`.
+        widen_factors: On other devices convert the factors first, for accuracy, instead of the result, for speed.
+    """
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float() if widen_factors else (a @ b).float()

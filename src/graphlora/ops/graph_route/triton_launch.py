@@ -13,6 +13,7 @@ from graphlora.ops.graph_route import triton_nodes as nodes
 from graphlora.ops.graph_route import triton_static as static_part
 from graphlora.ops.graph_route import triton_tokens as tokens_part
 from graphlora.ops.graph_route.triton_tiles import Tiles, input_tiles, tiles_for
+from graphlora.ops.products import product_float32
 
 # Tokens, columns and registers of the kernel that ends the gradient of x: with more registers fewer programs fit.
 _INPUT_TOKENS, _INPUT_COLUMNS, _INPUT_REGISTERS = 128, 128, 128
@@ -29,13 +30,8 @@ def _copied(source: Tensor, dtype: torch.dtype) -> Tensor:
     return source.new_empty(0 if source.dtype == dtype else source.shape, dtype=dtype)
 
 
-def product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in float32, accumulated in float32 whatever the dtype of the inputs."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return product_float32(a, b, widen_factors=True)
 
 
 def prepare(
@@ -249,7 +245,7 @@ def backward(
         BI=width, BR=128, BC=_SUM_COLUMNS, NORM=eps >= 0, num_warps=4, num_stages=2,
         **common, **tiles.token_constants,
     )  # fmt: skip
-    first_layer = product_float32(grad_vq.T, token_features)
+    first_layer = _product(grad_vq.T, token_features)
     blocks = triton.cdiv(g, _STATIC_COLUMNS)
     grad_mixing = z.new_empty(blocks if graph_grad else 0, num_experts + 1, num_experts)
     static_part.static_backward_kernel[(blocks,)](
@@ -263,7 +259,7 @@ def backward(
     )
     if x_grad:
         _input_gradient(grad_z, proj, pull, x, grad_passed, grad_x, tiles, g, eps >= 0)
-    grad_proj = product_float32(grad_z.T, x)
+    grad_proj = _product(grad_z.T, x)
     return grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph
 
 
@@ -329,7 +325,7 @@ def _node_gradients(
         if tiles.precise:
             share = grad_rows.double().T @ features.double()
         else:
-            share = product_float32(grad_rows.T, features)
+            share = _product(grad_rows.T, features)
         second_layer = share if second_layer is None else second_layer + share
     assert second_layer is not None
     return grad_vq, second_layer.float(), partial, edges
@@ -390,7 +386,7 @@ for _name, _run, _fake in (
     ("graph_route_backward", backward, _backward_fake),
     (
         "graph_route_project",
-        lambda x, proj: product_float32(x, proj.T),
+        lambda x, proj: _product(x, proj.T),
         lambda x, proj: x.new_empty(len(x), len(proj), dtype=torch.float32),
     ),
 ):
