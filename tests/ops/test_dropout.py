@@ -14,14 +14,7 @@ KERNELS = pytest.mark.skipif(
 )
 SEED = 2**31 - 2
 
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Every new buffer starts as NaN, so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])

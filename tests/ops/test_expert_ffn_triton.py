@@ -23,6 +23,7 @@ ACTIVATIONS = {
 }
 
 pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.skipif(
         DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"
     ),
@@ -85,15 +86,6 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: f
     for name, value in expected.items():
         error = float((found[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-30))
         assert error < bound, f"{name}: relative error {error:.2e}"
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Every new buffer starts as NaN (or a large integer), so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(

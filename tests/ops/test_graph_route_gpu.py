@@ -8,18 +8,10 @@ pytest.importorskip("triton")
 from router_case import OUTPUTS, Case
 
 pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Every new buffer starts as NaN (or a large integer), so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def big_case(g: int, **options) -> Case:

@@ -20,21 +20,13 @@ from graphlora.ops.graph_route.triton import (
 from graphlora.router import GraphRouter
 
 pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.skipif(
         DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"
     ),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Every new buffer starts as NaN (or a large integer), so that what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_agree(case: Case, bound: float, **options) -> None:
