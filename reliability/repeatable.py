@@ -55,7 +55,7 @@ ON_GPU: dict[str, dict[str, Any]] = {
     "recorded steps": {"backend": "triton", "step_mode": "graph"},
 }
 DETERMINISTIC: dict[str, dict[str, Any]] = {"deterministic mode": {"deterministic": True}}
-# Each must give what "plain" gives; deterministic mode only on a CPU, since PyTorch takes other kernels for it on a GPU.
+# Each must give what "plain" gives. Deterministic mode only on a CPU: PyTorch takes other kernels for it on a GPU.
 SAME_AS_PLAIN: dict[str, dict[str, Any]] = {
     "two data loader workers": {"training_args": {"dataloader_num_workers": 2}}
 }
