@@ -37,6 +37,13 @@ PROMISES = (
     Promise(SCALE, "stream_resume", "A run over streamed data resumes in the middle of an epoch."),
     Promise(CRASH, "kills", "A killed run resumes and ends with the same weights."),
     Promise(CRASH, "kills_ddp", "A killed run of two processes resumes and ends with the same weights."),
+    Promise(CRASH, "study_kills", "A killed study goes on and ends with the records of an undisturbed one."),
+    Promise(
+        CRASH,
+        "study_kills_gpu",
+        "The same on a GPU.",
+        "study_kills --device cuda --model PATH --data_dir DIR",
+    ),
     Promise(
         CRASH, "disasters", "A full disk, lost data and SIGTERM end in a message and a usable checkpoint."
     ),
@@ -56,7 +63,11 @@ PROMISES = (
     Promise(FILES, "fuzz_authors", "No checkpoint of the authors crashes.", "fuzz authors"),
     Promise(FILES, "bombs", "Small files that ask for endless memory are refused before it is taken."),
     Promise(REPEAT, "repeatable", "The same seed gives the same adapter, bit for bit, on one device."),
+    Promise(REPEAT, "repeatable_gpu", "The same on a GPU.", "repeatable --device cuda"),
     Promise(REPEAT, "deterministic_cost", "Deterministic mode costs little."),
+    Promise(
+        REPEAT, "deterministic_cost_gpu", "What it costs on a GPU.", "deterministic_cost --device cuda"
+    ),
     Promise(
         REPEAT, "verify", "`graphlora verify` finds every changed byte and reproduces a recorded output."
     ),

@@ -11,24 +11,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from reliability.study_kills import compare, records
 
-from graphlora.records import RunRecord
-
-SCRIPT = Path(__file__).parents[1] / "support" / "killed_study.py"
+# In a process of its own, since forks of one that has computed can hang.
+KILLS = """
+import sys
+from pathlib import Path
+import torch
+from reliability.study_kills import tiny_study, undisturbed_and_killed
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+undisturbed_and_killed(tiny_study(folder), folder, kills=10, longest=1.5)
+"""
 COMMAND = [sys.executable, "-W", "ignore", "-m", "graphlora.cli", "study", "run"]
-TIMES = {"step_time", "tokens_per_second", "train_seconds"}
-
-
-def records(folder: Path) -> dict[str, dict]:
-    """Records without time, memory and host."""
-    found = {}
-    for path in folder.glob("*.json"):
-        values = json.loads(RunRecord.read(path).to_json())
-        for name in ("created", "wall_time", "peak_memory", "provenance"):
-            values.pop(name)
-        values["metrics"] = {name: value for name, value in values["metrics"].items() if name not in TIMES}
-        found[path.name] = values
-    return found
 
 
 @pytest.fixture
@@ -41,18 +36,32 @@ def long_study(study_values, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_ten_kills_leave_the_same_records(long_study, tmp_path):
-    words = [sys.executable, "-W", "ignore", str(SCRIPT), str(long_study), str(tmp_path), "10", "7"]
+def test_ten_kills_leave_the_same_records(tmp_path):
+    words = [sys.executable, "-W", "ignore", "-c", KILLS, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = [int(line.split()[2]) for line in done.stdout.splitlines()]
     assert len(counts) == 10
     assert counts[0] < 5
-    undisturbed, killed = records(tmp_path / "undisturbed" / "tiny"), records(tmp_path / "killed" / "tiny")
-    assert len(undisturbed) == 5
-    assert killed == undisturbed
+    found = compare(records(tmp_path / "undisturbed"), records(tmp_path / "killed"))
+    assert found["runs"] == 5 and found["same_runs"]
+    assert found["differing"] == 0
     for name in ("claims", ".work"):
-        assert not list((tmp_path / "killed" / "tiny" / name).iterdir())
+        assert not list((tmp_path / "killed" / "kills" / name).iterdir())
+
+
+def test_what_differs_is_counted():
+    def record(score, loss):
+        return {"variant": "lora", "metrics": {"score": score, "train_loss": loss}}
+
+    first = {"a": record(0.5, 1.0), "b": record(0.7, 1.0)}
+    second = {"a": record(0.5, 1.1), "b": record(0.6, 1.0)}
+    found = compare(first, second)
+    assert (found["runs"], found["same_runs"], found["differing"]) == (2, True, 2)
+    assert found["largest_difference"] == pytest.approx(0.1)
+    assert found["spread"] == pytest.approx(0.1414, abs=1e-4)
+    assert not compare(first, {"a": second["a"]})["same_runs"]
+    assert not compare({}, {})["same_runs"]
 
 
 def wait_for_claim(folder: Path, process: subprocess.Popen) -> int:

@@ -151,7 +151,18 @@ def test_mistakes_on_the_command_line_are_named(good, overrides, line):
 
 
 @pytest.mark.parametrize(
-    "name", ["ablation", "edges", "efficiency", "sensitivity", "smoke", "table1", "table1_small", "tuning"]
+    "name",
+    [
+        "ablation",
+        "edges",
+        "edges_small",
+        "efficiency",
+        "sensitivity",
+        "smoke",
+        "table1",
+        "table1_small",
+        "tuning",
+    ],
 )
 def test_every_shipped_study_is_read(name):
     spec = load_spec(name)
