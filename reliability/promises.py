@@ -65,9 +65,7 @@ PROMISES = (
     Promise(REPEAT, "repeatable", "The same seed gives the same adapter, bit for bit, on one device."),
     Promise(REPEAT, "repeatable_gpu", "The same on a GPU.", "repeatable --device cuda"),
     Promise(REPEAT, "deterministic_cost", "Deterministic mode costs little."),
-    Promise(
-        REPEAT, "deterministic_cost_gpu", "What it costs on a GPU.", "deterministic_cost --device cuda"
-    ),
+    Promise(REPEAT, "deterministic_cost_gpu", "What it costs on a GPU.", "deterministic_cost --device cuda"),
     Promise(
         REPEAT, "verify", "`graphlora verify` finds every changed byte and reproduces a recorded output."
     ),

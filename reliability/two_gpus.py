@@ -3,7 +3,9 @@
 Run as `torchrun --nproc_per_node 2 -m reliability.two_gpus [--parts ...] [--budget 480] [--out FILE]`; the file is
 written after each part. A part that fails is recorded with its error, and the others go on.
 
-- `curve`: a small random Llama, the same rows and the same rows per step on one GPU and on two, DDP and FSDP2.
+- `curve`: a small random Llama, the same rows and the same rows per step on one GPU and on two, DDP and FSDP2, in
+  bfloat16; and once more on one GPU with the rows of a step in another order, which shows what rounding alone does.
+- `curve_float32`: the same in float32.
 - `scaling`: the shape of Llama 3 8B, 8 rows of 1024 tokens per GPU: tokens per second on one GPU, and with DDP and
   FSDP2 on two.
 - `large`: 4-bit FSDP2 (if bitsandbytes is there) and a base offloaded to the host, on the small Llama: they train.
@@ -62,7 +64,7 @@ class Plan:
 def main() -> int:
     """Run the parts that fit into the budget; 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m reliability.two_gpus", description=__doc__)
-    parser.add_argument("--parts", default="curve,scaling,large")
+    parser.add_argument("--parts", default="curve,curve_float32,scaling,large")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds after which no part is started")
     parser.add_argument("--out", type=Path, default=DEFAULT)
     parser.add_argument("--backend", default="auto", help="of the adapter: auto, torch or triton")
@@ -76,7 +78,7 @@ def main() -> int:
     values: dict[str, Any] = {"world": plan.world, "backend": options.backend, "tiny": plan.tiny}
     values |= {"torch": torch.__version__, "device": _device_name(plan)}
     known: dict[str, Callable[[Plan, dict[str, Any]], None]]
-    known = {"curve": curve, "scaling": scaling, "large": large}
+    known = {"curve": curve, "curve_float32": curve_float32, "scaling": scaling, "large": large}
     for name in options.parts.split(","):
         late = torch.tensor([float(time.monotonic() - started > options.budget)])
         dist.all_reduce(late)
@@ -112,9 +114,19 @@ def curve(plan: Plan, found: dict[str, Any]) -> None:
             entry[f"{way}_difference"] = max(
                 abs(a - b) / abs(a) for a, b in zip(alone, entry[way], strict=True)
             )
-        again = _train(plan, method, plan.small, batches, "one")
-        entry["one_again_difference"] = max(abs(a - b) / abs(a) for a, b in zip(alone, again, strict=True))
+        for name, same in (("one_again", batches), ("other_order", [batch.flip(0) for batch in batches])):
+            again = _train(plan, method, plan.small, same, "one")
+            entry[f"{name}_difference"] = max(abs(a - b) / abs(a) for a, b in zip(alone, again, strict=True))
         found[method] = entry
+
+
+def curve_float32(plan: Plan, found: dict[str, Any]) -> None:
+    """The same in float32."""
+    chosen, plan.dtype = plan.dtype, torch.float32
+    try:
+        curve(plan, found)
+    finally:
+        plan.dtype = chosen
 
 
 def scaling(plan: Plan, found: dict[str, Any]) -> None:
@@ -309,23 +321,26 @@ def _device_name(plan: Plan) -> str:
 def _write(options: argparse.Namespace, values: dict[str, Any]) -> None:
     from reliability.record import write_record
 
-    gaps = ", ".join(
-        f"{way} {method} {entry[f'{way}_difference']:.1e}"
-        for method, entry in values.get("curve", {}).items()
+    gaps = [
+        f"{dtype} {method}: DDP {entry['ddp_difference']:.1e}, FSDP2 {entry['fsdp2_difference']:.1e}, one GPU with the "
+        f"rows in another order {entry['other_order_difference']:.1e}"
+        for name, dtype in (("curve", "bfloat16"), ("curve_float32", "float32"))
+        for method, entry in values.get(name, {}).items()
         if isinstance(entry, dict)
-        for way in ("ddp", "fsdp2")
-    )
-    speeds = ", ".join(
+    ]
+    speeds = [
         f"{way} {values['scaling'][way]['efficiency']:.2f}"
         for way in ("ddp", "fsdp2")
         if way in values.get("scaling", {})
-    )
+    ]
+    figure = [f"largest relative difference of a step's loss to one GPU's: {'; '.join(gaps)}"] if gaps else []
+    if speeds:
+        figure += [f"tokens per second and GPU over those of one GPU (Llama 3 8B shape): {', '.join(speeds)}"]
     path = write_record(
         options.out.stem,
-        "On two GPUs an adapter learns what it learns on one, and almost twice as fast.",
+        "On two GPUs an adapter learns what it learns on one, up to rounding, and almost twice as fast.",
         "torchrun --nproc_per_node 2 -m reliability.two_gpus",
-        f"largest relative difference of a step's loss: {gaps}; tokens per second and GPU over those of one GPU "
-        f"(Llama 3 8B shape): {speeds}",
+        "; ".join(figure),
         values,
     )
     record = json.loads(path.read_text())
