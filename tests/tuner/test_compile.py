@@ -146,7 +146,7 @@ def test_no_result_of_a_function_is_written_to_where_a_compiler_traces(monkeypat
             monkeypatch.setattr(function, "forward", watched(function))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     model(**make_batch([6, 9, 4])).loss.backward()
-    assert seen == dict.fromkeys(functions, {0})
+    assert seen == {name: {0} for name in functions}
 
 
 @pytest.mark.parametrize("training", [True, False])
