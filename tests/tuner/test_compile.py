@@ -237,7 +237,9 @@ def test_trainer_compiles(tmp_path):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_inductor_on_a_gpu(backend, mode):
     batches = [{n: t.cuda() for n, t in make_batch([6, 9, 4], seed=seed).items()} for seed in range(4)]
-    plain, model = (make_model(backend=backend).cuda() for _ in range(2))
+    # Weights and deltas of this size make of rounding a tenth of what the default ones do.
+    sizes = {"backend": backend, "lora_alpha": 2}
+    plain, model = (make_model(base=make_base(initializer_range=0.1), **sizes).cuda() for _ in range(2))
     assert_same_steps(plain, model, torch.compile(model, mode=mode), batches, 1e-4)
     assert counters["stats"]["unique_graphs"] == 1
     assert_no_break_in_layers()
