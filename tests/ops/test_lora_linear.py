@@ -120,9 +120,10 @@ def test_first_layer_needs_no_gradient_of_its_input():
     torch.testing.assert_close(A.grad, 2 * torch.autograd.grad(written_out(layer, x, A, B).sum(), A)[0])
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CAST = ["_foreach_copy_"]
 # On a GPU the products themselves give float32.
-TO_FLOAT32 = [] if torch.cuda.is_available() else ["_to_copy", "_to_copy"]
+TO_FLOAT32 = {"cpu": ["_to_copy", "_to_copy"], "cuda": []}
 
 
 @pytest.mark.parametrize(
@@ -132,16 +133,18 @@ TO_FLOAT32 = [] if torch.cuda.is_available() else ["_to_copy", "_to_copy"]
         (beside, ["addmm", "addmm", "addmm"], ["addmm", "mm", "mm", "mm", "mm", "add"]),
     ],
 )
-def test_calls(function, forward, backward):
+@pytest.mark.parametrize("device", DEVICES)
+def test_calls(function, forward, backward, device):
     """One cast of A and B, and one call per product: the frozen layer's own are one `addmm` and one `mm`."""
-    layer, x, A, B = case(torch.bfloat16)
-    grad = torch.randn(2, 5, 7).bfloat16()
+    layer, *tensors = case(torch.bfloat16)
+    layer, (x, A, B) = layer.to(device), (t.detach().to(device).requires_grad_() for t in tensors)
+    grad = torch.randn(2, 5, 7, device=device).bfloat16()
     with Kernels() as calls:
         out = function(layer, x, A, B)
     assert sorted(calls.names) == sorted(CAST + forward)
     with Kernels() as calls:
         out.backward(grad)
-    assert sorted(calls.names) == sorted(TO_FLOAT32 + backward)
+    assert sorted(calls.names) == sorted(TO_FLOAT32[device] + backward)
 
 
 def test_what_is_not_a_plain_matrix():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 
 from graphlora.errors import GraphLoraError
 from graphlora.training import Recipe, train
@@ -50,14 +51,16 @@ def test_deterministic_mode_holds_during_the_run_and_ends_with_it(tiny_recipe, t
     step = AdapterTrainer.training_step
 
     def look(self, *args, **kwargs):
-        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        settings = torch.are_deterministic_algorithms_enabled(), torch._inductor.config.deterministic
+        seen.append((*settings, os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(AdapterTrainer, "training_step", look)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     digest(tiny_recipe, tmp_path / "out", deterministic=True, max_steps=1)
-    assert seen == [(True, ":4096:8")]
+    assert seen == [(True, True, ":4096:8")]
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch._inductor.config.deterministic
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
@@ -66,6 +69,7 @@ def test_settings_come_back_after_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="size of tensor"), deterministic_algorithms(True):
         torch.ones(2) + torch.ones(3)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch._inductor.config.deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 

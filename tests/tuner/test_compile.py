@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from tiny_llama import adapter_state, assert_same, gradients, make_base, make_batch, make_model
+from tiny_llama import (
+    adapter_state,
+    assert_same,
+    gradients,
+    largest_gap,
+    make_base,
+    make_batch,
+    make_model,
+)
 from tiny_trainers import run_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -48,17 +56,30 @@ def assert_no_break_in_layers():
         assert any(name in reason for name in OUTSIDE_OF_LAYERS), reason
 
 
-def train(model, forward, batches, lr=0.1):
-    """Losses, and the gradients of the last step."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
+def step(model, forward, batch):
+    """Loss, gradients, and what the adapter holds afterwards."""
+    model.zero_grad()
+    loss = forward(**batch).loss
+    loss.backward()
+    named = {f"gradient of {name}": gradient for name, gradient in gradients(model).items()}
+    return {"loss": loss.detach(), **named, **adapter_state(model)}
+
+
+def assert_same_steps(plain, model, forward, batches, tolerance):
+    """Every step from equal weights, or it would be compared what training makes of rounding.
+
+    A change of all weights by half a unit in the last place grows about forty times in four steps of these models. A
+    gradient that got lost may be smaller than `tolerance`, so none may be off by 1 % of itself either.
+    """
+    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
     for batch in batches:
-        optimizer.zero_grad()
-        loss = forward(**batch).loss
-        loss.backward()
-        losses.append(loss.detach())
+        expected, found = step(plain, plain, batch), step(model, forward, batch)
+        assert_same(expected, found, tolerance)
+        for name, value in expected.items():
+            if value.norm() > 0:
+                assert largest_gap({name: value}, {name: found[name]}) < 0.01, name
         optimizer.step()
-    return {"losses": torch.stack(losses), **gradients(model), **adapter_state(model)}
+        model.load_state_dict(plain.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -75,14 +96,57 @@ def test_training_equals_the_uncompiled_model(options):
     batches = [make_batch([6, 9, 4], seed=seed) for seed in range(3)]
     act = options.get("hidden_act", "silu")
     options = {name: value for name, value in options.items() if name != "hidden_act"}
-    plain = make_model(base=make_base(num_hidden_layers=1, hidden_act=act), **options)
-    expected = train(plain, plain, batches)
-    model = make_model(base=make_base(num_hidden_layers=1, hidden_act=act), **options)
+    plain, model = (
+        make_model(base=make_base(num_hidden_layers=1, hidden_act=act), **options) for _ in range(2)
+    )
     forward, counter = compiled(model)
-    found = train(model, forward, batches)
-    assert_same(expected, found, 1e-5)
+    assert_same_steps(plain, model, forward, batches, 1e-5)
     assert counter.frame_count == 1
     assert_no_break_in_layers()
+
+
+@pytest.mark.parametrize(
+    ("options", "functions"),
+    [
+        ({"backend": "torch"}, {"ExpertMix", "_LoraLinear"}),
+        ({"backend": "torch", "lora_dropout": 0.1}, {"ExpertMix", "_AddLowRank"}),
+        pytest.param(
+            {"backend": "triton"},
+            {"ExpertMix", "DownProjection", "_GraphRoute", "_LoraLinear", "_Sums"},
+            marks=INTERPRETED,
+        ),
+        pytest.param(
+            {"backend": "triton", "lora_dropout": 0.1},
+            {"ExpertMix", "DownProjection", "_GraphRoute", "_LoraLinear", "_Sums"},
+            marks=INTERPRETED,
+        ),
+    ],
+    ids=["torch", "torch with dropout", "triton", "triton with dropout"],
+)
+def test_no_result_of_a_function_is_written_to_where_a_compiler_traces(monkeypatch, options, functions):
+    """PyTorch 2.11 compiles a function that does into one whose gradient gets lost (its issue 180642)."""
+    seen = {}
+
+    def watched(function):
+        inner = function.forward
+
+        def forward(*arguments):
+            results = inner(*arguments)
+            versions = [
+                t._version for t in (results if isinstance(results, tuple) else (results,)) if t is not None
+            ]
+            seen.setdefault(function.__name__, set()).update(versions)
+            return results
+
+        return staticmethod(forward)
+
+    model = make_model(base=make_base(num_hidden_layers=1), **options)
+    for function in torch.autograd.Function.__subclasses__():
+        if function.__module__.startswith("graphlora."):
+            monkeypatch.setattr(function, "forward", watched(function))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    model(**make_batch([6, 9, 4])).loss.backward()
+    assert seen == {name: {0} for name in functions}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -119,11 +183,9 @@ def test_checkpointed_layers_are_compiled_too():
         return model
 
     batches = [make_batch([6, 9, 4], seed=seed) for seed in range(2)]
-    plain = checkpointed()
-    expected = train(plain, plain, batches)
     model = checkpointed()
     forward, counter = compiled(model)
-    assert_same(expected, train(model, forward, batches), 1e-5)
+    assert_same_steps(checkpointed(), model, forward, batches, 1e-5)
     checkpoints = [
         node for graph in counter.graphs for node in graph.graph.nodes if "checkpoint" in str(node.target)
     ]
@@ -175,11 +237,10 @@ def test_trainer_compiles(tmp_path):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_inductor_on_a_gpu(backend, mode):
     batches = [{n: t.cuda() for n, t in make_batch([6, 9, 4], seed=seed).items()} for seed in range(4)]
-    plain = make_model(backend=backend).cuda()
-    expected = train(plain, plain, batches)
-    model = make_model(backend=backend).cuda()
-    found = train(model, torch.compile(model, mode=mode), batches)
-    assert_same(expected, found, 1e-4)
+    # Weights and deltas of this size make of rounding a tenth of what the default ones do.
+    sizes = {"backend": backend, "lora_alpha": 2}
+    plain, model = (make_model(base=make_base(initializer_range=0.1), **sizes).cuda() for _ in range(2))
+    assert_same_steps(plain, model, torch.compile(model, mode=mode), batches, 1e-4)
     assert counters["stats"]["unique_graphs"] == 1
     assert_no_break_in_layers()
 

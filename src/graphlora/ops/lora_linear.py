@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphlora.ops.products import product_float32
+from graphlora.ops.products import add_product, product_float32
 
 
 def add_low_rank(
@@ -135,7 +135,7 @@ class _LoraLinear(torch.autograd.Function):
         rows = _rows(x)
         A, B = _cast(lora_A, lora_B, x.dtype)
         low = _scaled_product(_seen(rows, seed, dropout), A.T, scaling)
-        out = nn.functional.linear(rows, weight, bias).addmm_(low, B.T)
+        out = add_product(nn.functional.linear(rows, weight, bias), low, B.T)
         ctx.save_for_backward(rows, weight, low, A, B, seed)
         ctx.scaling, ctx.dropout, ctx.dtypes = scaling, dropout, (lora_A.dtype, lora_B.dtype)
         return out.view(*x.shape[:-1], weight.shape[0])

@@ -1,4 +1,4 @@
-"""Products whose result is wider than their factors."""
+"""Products whose result is wider than their factors, or added to another."""
 
 from __future__ import annotations
 
@@ -19,3 +19,18 @@ def product_float32(a: Tensor, b: Tensor, *, widen_factors: bool = False) -> Ten
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float() if widen_factors else (a @ b).float()
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`total + a @ b` in one call, into `total`; where a compiler traces, into a tensor of its own.
+
+    For the results of an `autograd.Function`. PyTorch 2.11 compiles one that writes into its result in place into one
+    whose result belongs to no gradient (PyTorch's issue 180642): the inputs then train as if they were not used. A
+    compiler that is left the choice writes in place by itself.
+
+    Args:
+        total: `[m, n]`, needed no more.
+        a: `[m, k]`, in the dtype of `total`.
+        b: `[k, n]`, likewise.
+    """
+    return torch.addmm(total, a, b) if torch.compiler.is_compiling() else total.addmm_(a, b)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._inductor.config
 
 from graphlora.errors import GraphLoraError
 
@@ -46,8 +47,11 @@ def deterministic_algorithms(on: bool) -> Iterator[None]:
     torch.set_deterministic_debug_mode("error")
     memory.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    # The compiler then measures no kernels on the device where its choice decides in which order numbers are added.
+    compiler: Any = torch._inductor.config
     try:
-        yield
+        with compiler.patch(deterministic=True):
+            yield
     except RuntimeError as error:
         if REFUSED not in str(error):
             raise

@@ -19,7 +19,7 @@ from graphlora.ops.expert_ffn.inputs import ExpertWeights, FrozenFfn
 from graphlora.ops.expert_ffn.recompute import maybe_recompute
 from graphlora.ops.expert_ffn.support import unsupported
 from graphlora.ops.expert_ffn.triton_prepare import Prepared
-from graphlora.ops.products import product_float32
+from graphlora.ops.products import add_product, product_float32
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -214,7 +214,7 @@ class DownProjection(torch.autograd.Function):
         """Args: `[tokens, f]`, `[d, f]`, P `[tokens, N r]`, `[N, d, r]`, and that as `Prepared` has it."""
         ctx.save_for_backward(weight, low_down, rank)
         ctx.dtype, ctx.num_experts = down_B.dtype, len(down_B)
-        return (mixed @ weight.T).addmm_(low_down, rank)
+        return add_product(mixed @ weight.T, low_down, rank)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
