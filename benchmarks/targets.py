@@ -107,6 +107,17 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "5",
+        "step / the released code's way, in the same run",
+        "step",
+        r"llama3-8b 8 layers .*",
+        "triton_r8",
+        "released_r8",
+        "full",
+        1 / 3,
+        1 / 4,
+    ),
+    Target(
+        "5",
         "eager / the plain loop it must not trail",
         "step",
         r"llama3-8b 8 layers .*",
