@@ -34,6 +34,7 @@ LABELS = {
     "torch_r8": "GraphLoRA r=8, torch",
     "eager_r8": "expert loop (eager)",
     "loop_r8": "expert loop (plain)",
+    "released_r8": "expert loop (as released)",
 }
 TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "targets": target_table,

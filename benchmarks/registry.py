@@ -80,6 +80,7 @@ _STEP_CANDIDATES = (
     "torch_r8",
     "eager_r8",
     "loop_r8",
+    "released_r8",
 )
 
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 import graphlora.moe
+import graphlora.tuner.layer
 from benchmarks.candidates.ffn import ALPHA, BACKENDS, NUM_EXPERTS, PROJECTIONS, TOP_K
 from benchmarks.candidates.loop import loop_ffn
+from benchmarks.candidates.released import released_moe_ffn
 from benchmarks.shapes import Shape
 from graphlora import GraphLoraConfig
 from graphlora.benchmark.random_model import twin
@@ -150,6 +152,9 @@ def step_candidate(name: str, base: nn.Module) -> ModelCandidate:
     elif kind == "loop":
         adapted = get_peft_model(model, graphlora_config(rank, "eager", dropout))
         around = _plain_loop
+    elif kind == "released":
+        adapted = get_peft_model(model, graphlora_config(rank, "eager", dropout))
+        around = _released_way
     else:
         raise KeyError(name)
     adapted.train()
@@ -161,6 +166,10 @@ def step_candidate(name: str, base: nn.Module) -> ModelCandidate:
 
 def _plain_loop() -> AbstractContextManager[Any]:
     return mock.patch.object(graphlora.moe, "expert_ffn_eager", loop_ffn)
+
+
+def _released_way() -> AbstractContextManager[Any]:
+    return mock.patch.object(graphlora.tuner.layer, "moe_ffn", released_moe_ffn)
 
 
 def random_tokens(shape: Shape, batch: int, length: int, device: torch.device, seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from benchmarks.__main__ import _not_measured
-from benchmarks.candidates.ffn import FfnBench
+from benchmarks.candidates.ffn import TOP_K, FfnBench
 from benchmarks.candidates.models import model_config, random_tokens, step_candidate, step_flops
 from benchmarks.candidates.routing import random_routing
 from benchmarks.context import Context, Gate
@@ -20,6 +20,7 @@ import graphlora.moe
 from benchmarks import runner, worker
 from graphlora.benchmark.random_model import random_model
 from graphlora.ops.expert_ffn import expert_ffn_torch
+from graphlora.tuner.layer import GraphLoraLayer
 
 CPU = torch.device("cpu")
 FAILURES = (RuntimeError, ValueError)
@@ -112,6 +113,33 @@ def test_the_loop_candidate_really_runs_the_plain_loop(monkeypatch):
     assert len(calls) == 2
     eager.step(ids)
     assert len(calls) == 2
+
+
+def test_the_released_way_gives_the_loss_and_gradients_of_eager():
+    base = random_model(model_config(TINY, 2), CPU, torch.float32)
+    ids = random_tokens(TINY, 2, 8, CPU)
+    released, eager = (step_candidate(name, base) for name in ("released_r8", "eager_r8"))
+    with torch.no_grad():
+        for name, parameter in eager.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    # The routers' offsets are buffers.
+    released.model.load_state_dict(eager.model.state_dict())
+    assert relative_error(released.forward_backward(ids), eager.forward_backward(ids)) < 1e-6
+    for mine, other in zip(released.trained, eager.trained, strict=True):
+        assert relative_error(mine.grad, other.grad) < 1e-5
+
+
+def test_the_released_way_runs_the_down_projection_for_every_choice(monkeypatch):
+    base = random_model(model_config(TINY, 2), CPU, torch.float32)
+    released = step_candidate("released_r8", base)
+    rows = []
+    for layer in released.model.modules():
+        if isinstance(layer, GraphLoraLayer):
+            down = layer.parts.block.down_proj
+            down.register_forward_hook(lambda _, inputs, out: rows.append(len(inputs[0])))
+    released.forward_backward(random_tokens(TINY, 2, 8, CPU))
+    assert sum(rows) == 2 * 16 * TOP_K
 
 
 def test_flops_follow_the_stated_rule():
