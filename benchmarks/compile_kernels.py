@@ -59,7 +59,7 @@ def compile_kernel(
     constants: dict[str, Any] = {
         "K": 2, "N": 8, "r": 8, "R": 16, "KP": 2, "SLOTS": 2, "BT": tokens, "BF": columns, "UNIFORM": True,
         "EVEN": True, "WIDE": False, "ACT": "silu", "FAST": dtype != "fp32", "PRECISE": dtype == "fp32",
-        "DROPOUT": False, "APART": 8, "THRESHOLD": 0, "INVERSE": 1.0, "STAGES": stages,
+        "DROPOUT": False, "THRESHOLD": 0, "INVERSE": 1.0, "STAGES": stages,
     } | changes  # fmt: skip
     signature: dict[str, str] = {}
     fixed: dict[tuple[int, ...], Any] = {}

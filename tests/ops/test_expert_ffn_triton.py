@@ -8,7 +8,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 from graphlora.errors import GraphLoraError
 from graphlora.ops.backend import interprets_triton
-from graphlora.ops.dropout.reference import HIDDEN_APART, hashed_mask
+from graphlora.ops.dropout.reference import hashed_mask
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn, LoraMasks, expert_ffn_eager, triton_launch
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
 from graphlora.ops.expert_ffn.triton import expert_ffn_triton
@@ -156,9 +156,7 @@ def test_dropout_is_the_same_in_forward_and_backward(monkeypatch, num_experts, t
         torch, "randint", lambda *_, **__: torch.tensor([1234], dtype=torch.int32, device=DEVICE)
     )
     of_input = hashed_mask(1234, 6, 24, 0.3, first_column=70).to(DEVICE)
-    masks = LoraMasks(
-        gate=of_input, up=of_input, down=hashed_mask(1234, 6, 70, 0.3, apart=HIDDEN_APART).to(DEVICE)
-    )
+    masks = LoraMasks(gate=of_input, up=of_input, down=hashed_mask(1234, 6, 70, 0.3).to(DEVICE))
     found = case.run(expert_ffn_triton, dropout=0.3)
     assert_close(found, case.run(expert_ffn_eager, masks=masks), 2e-6)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphlora.ops.backend import interprets_triton
-from graphlora.ops.dropout.reference import INPUT_APART, mask_constants
+from graphlora.ops.dropout.reference import threshold
 from graphlora.ops.triton_rounding import narrowed
 
 _ROWS, _COLUMNS, _TILE, _REGISTERS = 8, 1024, 128, 128
@@ -52,46 +52,29 @@ def add_dropped_product(
 
 
 @triton.jit
-def dropout_factor(
-    seed, row, start, column, APART: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr
-):  # fmt: skip
+def dropout_factor(seed, row, column, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr):
     """0 with probability p, else `1 / (1 - p)`: a hash of seed, token and column, so that backward replays it.
 
-    Two columns, APART from each other, share a hash: one takes its upper half, one its lower. Where a thread holds
-    both, the compiler computes it once. (32-bit finalizer of MurmurHash3.)
-
-    Args:
-        seed: scalar.
-        row: tokens; broadcasts against `column`.
-        start: scalar that the columns are counted from; for one mask it differs by multiples of `2 * APART`.
-        column: columns of a tile, from 0. (The compiler sees what is equal between two of them only apart from start.)
-        APART: power of two.
-        THRESHOLD: from `mask_constants`.
-        INVERSE: likewise.
+    `THRESHOLD` is `p * 2^32`. `row` and `column` broadcast against each other. (32-bit finalizer of MurmurHash3 without
+    its last step, which leaves the high bits as they are.)
     """
-    x = (seed.to(tl.uint32) + row.to(tl.uint32) * 0x9E3779B9) ^ (
-        (start + (column & ~APART)).to(tl.uint32) * 0x85EBCA6B
-    )
+    x = (seed.to(tl.uint32) + row.to(tl.uint32) * 0x9E3779B9) ^ (column.to(tl.uint32) * 0x85EBCA6B)
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
-    x = x ^ (x >> 16)
-    return tl.where(tl.where((column & APART) == 0, x, x << 16) >= THRESHOLD, INVERSE, 0.0)
+    return tl.where(x >= THRESHOLD, INVERSE, 0.0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def dropped_kernel(
     x, seed, out, T, d, stride, first_column,
-    BT: tl.constexpr, BD: tl.constexpr, APART: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (row blocks, column blocks)."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
-    start, column = tl.program_id(1) * BD, tl.arange(0, BD)
-    c = start + column
+    c = tl.program_id(1) * BD + tl.arange(0, BD)
     live = (t < T)[:, None] & (c < d)[None, :]
     value = tl.load(x + t.to(tl.int64)[:, None] * stride + c[None, :], mask=live, other=0.0).to(tl.float32)
-    kept = dropout_factor(
-        tl.load(seed), t[:, None], first_column + start, column[None, :], APART, THRESHOLD, INVERSE
-    )
+    kept = dropout_factor(tl.load(seed), t[:, None], first_column + c[None, :], THRESHOLD, INVERSE)
     tl.store(
         out + t.to(tl.int64)[:, None] * d + c[None, :],
         narrowed(value * kept, out.dtype.element_ty),
@@ -102,17 +85,16 @@ def dropped_kernel(
 @triton.jit(do_not_specialize=["T"])
 def add_dropped_product_kernel(
     base, low, weight, seed, out, T, d, n, base_stride, low_stride, first_column,
-    BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, APART: tl.constexpr, THRESHOLD: tl.constexpr,
-    INVERSE: tl.constexpr, PRECISE: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (column blocks, row blocks)."""
-    start, column = tl.program_id(0) * BD, tl.arange(0, BD)
-    c = start + column
+    c = tl.program_id(0) * BD + tl.arange(0, BD)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     row = t.to(tl.int64)
     acc = tl.zeros((BT, BD), tl.float32)
-    for begin in range(0, n, BK):
-        k = begin + tl.arange(0, BK)
+    for start in range(0, n, BK):
+        k = start + tl.arange(0, BK)
         left = tl.load(
             low + row[:, None] * low_stride + k[None, :], mask=(t < T)[:, None] & (k < n)[None, :], other=0.0
         )
@@ -124,9 +106,7 @@ def add_dropped_product_kernel(
         else:
             acc = tl.dot(left, right, acc)
     live = (t < T)[:, None] & (c < d)[None, :]
-    kept = dropout_factor(
-        tl.load(seed), t[:, None], first_column + start, column[None, :], APART, THRESHOLD, INVERSE
-    )
+    kept = dropout_factor(tl.load(seed), t[:, None], first_column + c[None, :], THRESHOLD, INVERSE)
     value = tl.load(base + row[:, None] * base_stride + c[None, :], mask=live, other=0.0).to(tl.float32)
     tl.store(
         out + row[:, None] * d + c[None, :], narrowed(value + kept * acc, out.dtype.element_ty), mask=live
@@ -144,7 +124,7 @@ def _dropped(x: Tensor, seed: Tensor, p: float, first_column: int) -> Tensor:
     if out.numel():
         dropped_kernel[(triton.cdiv(tokens, _ROWS), triton.cdiv(d, _COLUMNS))](
             x, seed, out, tokens, d, x.stride(0), first_column,
-            BT=_ROWS, BD=_COLUMNS, APART=INPUT_APART, **mask_constants(p), num_warps=8,
+            BT=_ROWS, BD=_COLUMNS, THRESHOLD=threshold(p), INVERSE=1 / (1 - p), num_warps=8,
         )  # fmt: skip
     return out
 
@@ -161,8 +141,8 @@ def _add_dropped_product(
         tile = 64 if base.dtype == torch.float32 else _TILE
         add_dropped_product_kernel[(triton.cdiv(d, tile), triton.cdiv(tokens, tile))](
             base, low, weight, seed, out, tokens, d, n, base.stride(0), low.stride(0), first_column,
-            BT=tile, BD=tile, BK=min(64, max(16, triton.next_power_of_2(n))), APART=INPUT_APART,
-            **mask_constants(p), PRECISE=precise, num_warps=8, num_stages=2, maxnreg=_REGISTERS,
+            BT=tile, BD=tile, BK=min(64, max(16, triton.next_power_of_2(n))), THRESHOLD=threshold(p),
+            INVERSE=1 / (1 - p), PRECISE=precise, num_warps=8, num_stages=2, maxnreg=_REGISTERS,
         )  # fmt: skip
     return out
 

@@ -33,7 +33,7 @@ def forward_kernel(
     K: tl.constexpr, N: tl.constexpr, r: tl.constexpr, R: tl.constexpr, KP: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, UNIFORM: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISE: tl.constexpr,
-    DROPOUT: tl.constexpr, APART: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
+    DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`mixed = sum_k w_k h_k` and, per split of f, `partial_low[split, token, slot] = A_down h`.
 
@@ -72,15 +72,14 @@ def forward_kernel(
     if DROPOUT:
         drawn = tl.load(seed)
     for block in tl.range(0, blocks, num_stages=STAGES):
-        first_column = (split * blocks + block) * BF
-        c = first_column + column
+        c = (split * blocks + block) * BF + column
         columns = None if EVEN else (c < f)[None, :]
         inside = live[:, None] if EVEN else live[:, None] & (c < f)[None, :]
         table = (lane < r)[None, :] if EVEN else (c < f)[:, None] & (lane < r)[None, :]
         g = tl.load(gate + row[:, None] * gate_stride + c[None, :], mask=columns).to(tl.float32)
         u = tl.load(up + row[:, None] * up_stride + c[None, :], mask=columns).to(tl.float32)
         if DROPOUT:
-            kept = dropout_factor(drawn, t[:, None], first_column, column[None, :], APART, THRESHOLD, INVERSE)
+            kept = dropout_factor(drawn, t[:, None], c[None, :], THRESHOLD, INVERSE)
         m = tl.zeros((BT, BF), tl.float32)
         if UNIFORM:
             updated = ()
@@ -141,7 +140,7 @@ def token_gradient_kernel(
     K: tl.constexpr, N: tl.constexpr, r: tl.constexpr, R: tl.constexpr, KP: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, UNIFORM: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISE: tl.constexpr,
-    DROPOUT: tl.constexpr, APART: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
+    DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`d_gate`, `d_up`, and per split the row sums behind d_low_gate, d_low_up and d_weights.
 
@@ -189,8 +188,7 @@ def token_gradient_kernel(
     if DROPOUT:
         drawn = tl.load(seed)
     for block in tl.range(0, blocks, num_stages=STAGES):
-        first_column = (split * blocks + block) * BF
-        c = first_column + column
+        c = (split * blocks + block) * BF + column
         columns = None if EVEN else (c < f)[None, :]
         inside = live[:, None] if EVEN else live[:, None] & (c < f)[None, :]
         table = (lane < r)[None, :] if EVEN else (c < f)[:, None] & (lane < r)[None, :]
@@ -200,7 +198,7 @@ def token_gradient_kernel(
         dg_sum = tl.zeros((BT, BF), tl.float32)
         du_sum = tl.zeros((BT, BF), tl.float32)
         if DROPOUT:
-            kept = dropout_factor(drawn, t[:, None], first_column, column[None, :], APART, THRESHOLD, INVERSE)
+            kept = dropout_factor(drawn, t[:, None], c[None, :], THRESHOLD, INVERSE)
         if UNIFORM:
             new_gate, new_up, new_weight = (), (), ()
             for k in tl.static_range(K):
@@ -291,7 +289,7 @@ def weight_gradient_kernel(
     K: tl.constexpr, N: tl.constexpr, r: tl.constexpr, R: tl.constexpr, SLOTS: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISE: tl.constexpr,
-    DROPOUT: tl.constexpr, APART: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
+    DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `gate_B`, `up_B`, `down_A` from one chunk of tokens with the same experts, for BF columns of f.
 
@@ -303,8 +301,7 @@ def weight_gradient_kernel(
     if start >= end:
         return
     lane = tl.arange(0, R)
-    first_column, column = tl.program_id(0) * BF, tl.arange(0, BF)
-    c = first_column + column
+    c = tl.program_id(0) * BF + tl.arange(0, BF)
     table = (lane < r)[None, :] if EVEN else (c < f)[:, None] & (lane < r)[None, :]
     dtype = up.dtype.element_ty
     experts, bs_gate, bs_up, as_down, sums_gate, sums_up, sums_down = (), (), (), (), (), (), ()
@@ -333,7 +330,7 @@ def weight_gradient_kernel(
         u = tl.load(up + row[None, :] * up_stride + c[:, None], mask=columns).to(tl.float32)
         dm = tl.load(d_mixed + row[None, :] * mixed_stride + c[:, None], mask=columns).to(tl.float32)
         if DROPOUT:
-            kept = dropout_factor(drawn, t[None, :], first_column, column[:, None], APART, THRESHOLD, INVERSE)
+            kept = dropout_factor(drawn, t[None, :], c[:, None], THRESHOLD, INVERSE)
         new_gate, new_up, new_down = (), (), ()
         for k in tl.static_range(SLOTS):
             lanes = experts[k] * r + lane

@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from graphlora.ops.backend import interprets_triton
-from graphlora.ops.dropout.reference import HIDDEN_APART, mask_constants
 from graphlora.ops.expert_ffn import triton_kernels, triton_reduce
 from graphlora.ops.expert_ffn.triton_plan import PlanShape, make_plan
 from graphlora.ops.expert_ffn.triton_prepare import empty_prepared, prepare
@@ -108,7 +107,7 @@ def _sizes(up: Tensor, down_A: Tensor, top_k_index: Tensor, dropout: float, act:
     constants = {
         "K": top_k, "N": num_experts, "r": r, "R": max(16, triton.next_power_of_2(r)),
         "WIDE": tokens * f > _INT32, "ACT": act, "FAST": not precise, "PRECISE": precise,
-        "DROPOUT": dropout > 0, "APART": HIDDEN_APART, **mask_constants(dropout),
+        "DROPOUT": dropout > 0, "THRESHOLD": int(dropout * 2**32), "INVERSE": 1 / (1 - dropout),
     }  # fmt: skip
     plan = _plan_shape(tokens, down_A, top_k_index, up.dtype)
     return _Sizes(tokens, f, num_experts, r, top_k, tiles, plan, constants)
