@@ -212,6 +212,19 @@ def test_curves_are_means_and_ranges_over_seeds(tmp_path):
     assert curve_band(study.runs, ("loss",)) == [(1, 3.0, 2.0, 4.0), (2, 1.0, 1.0, 1.0)]
 
 
+@pytest.mark.parametrize(("loss", "scale"), [(1.3, "linear"), (40.0, "log")])
+def test_curves_that_end_far_apart_are_on_a_logarithmic_scale(tmp_path, loss, scale):
+    records = [
+        study_record(method, "quiz", 0, 50, curve=[{"step": 1, "loss": 9.0}, {"step": 2, "loss": end}])
+        for method, end in (("lora", 1.0), ("graphlora", loss))
+    ]
+    section = section_of(records, tmp_path)
+    (picture,) = [picture for picture in section.pictures if picture.name.startswith("curves")]
+    (axes,) = picture.draw().axes
+    assert axes.get_yscale() == scale
+    assert ("log scale" in axes.get_title()) == (scale == "log")
+
+
 def test_tables_as_markdown_and_latex():
     table = Table("t", "T", "50% ± 1", ("a_b", "p"), (("x|y", "<0.001"), ("z", "−1 †")), frozenset({(1, 1)}))
     assert table.markdown().splitlines()[2:] == [

@@ -19,6 +19,8 @@ ROWS = (
     (("eval_loss",), "validation loss", 1.0),
     (("eval_acc_norm", "eval_acc"), "validation, %", 100.0),
 )
+# Curves whose ends differ by this factor are drawn on a logarithmic scale.
+FAR_APART = 5.0
 Band = list[tuple[int, float, float, float]]
 
 
@@ -110,7 +112,12 @@ def _draw(
                 (handles[variant],) = axes.plot(
                     steps, middle, style.line, color=style.color, linewidth=style.width
                 )
-        axes.set_title(f"{column_label(task)}: {ROWS[row][1]}", fontsize=FONT)
+        ends = [band[-1][1] for variant in scores.trained if (band := bands.get((row, task, variant)))]
+        apart = bool(ends) and 0 < FAR_APART * min(ends) < max(ends)
+        if apart:
+            axes.set_yscale("log")
+        name = f"{ROWS[row][1]}, log scale" if apart else ROWS[row][1]
+        axes.set_title(f"{column_label(task)}: {name}", fontsize=FONT)
         axes.grid(axis="y", color="#e5e5e5")
     bottom_label(grid, len(rows), "training step")
     shown = [variant for variant in scores.trained if variant in handles]

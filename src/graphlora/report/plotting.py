@@ -99,16 +99,23 @@ def panels(
 
 
 def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], columns: int = 4) -> None:
-    """One legend for all panels, below them."""
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(columns, len(labels)),
-        fontsize=FONT,
-        frameon=False,
-        handlelength=2.6,
-    )
+    """One legend for all panels, below them, in as many columns as there is room for."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for count in range(min(columns, len(labels)), 0, -1):
+        drawn = figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=count,
+            fontsize=FONT,
+            frameon=False,
+            handlelength=2.6,
+        )
+        if count == 1 or drawn.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        drawn.remove()
 
 
 def bottom_label(grid: Sequence[Any], columns: int, text: str) -> None:
