@@ -336,9 +336,10 @@ def _write(options: argparse.Namespace, values: dict[str, Any]) -> None:
     figure = [f"largest relative difference of a step's loss to one GPU's: {'; '.join(gaps)}"] if gaps else []
     if speeds:
         figure += [f"tokens per second and GPU over those of one GPU (Llama 3 8B shape): {', '.join(speeds)}"]
+    fast = ", and almost twice as fast" if speeds else ""
     path = write_record(
         options.out.stem,
-        "On two GPUs an adapter learns what it learns on one, up to rounding, and almost twice as fast.",
+        f"On two GPUs an adapter learns what it learns on one, up to rounding{fast}.",
         "torchrun --nproc_per_node 2 -m reliability.two_gpus",
         "; ".join(figure),
         values,

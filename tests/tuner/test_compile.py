@@ -223,7 +223,9 @@ def test_generation_with_a_static_cache_compiles_once_per_phase():
     assert_no_break_in_layers()
 
 
-def test_trainer_compiles(tmp_path):
+def test_trainer_compiles(tmp_path, monkeypatch):
+    # transformers would turn TensorFloat32 on, where there is a GPU, for all tests that follow.
+    monkeypatch.setattr("transformers.training_args.enable_tf32", lambda on: None)
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     expected, found = ([*run_trainer(tmp_path, [6] * 16, **chosen)[0]] for chosen in ({}, options))
     assert len(expected) == len(found) == 2
