@@ -67,9 +67,7 @@ def draw_figures(measurements: Sequence[Measurement], folder: Path) -> list[Path
     ratios = _ffn_ratios(measurements)
     if ratios:
         must, goal = _bounds()
-        drawn.append(
-            save_figure(ffn_matrix_figure(ratios, must, goal, BOUNDS_AT), folder / "ffn_matrix.png")
-        )
+        drawn.append(save_figure(ffn_matrix_figure(ratios, must, goal, BOUNDS_AT), folder / "ffn_matrix.png"))
     points = [
         TargetPoint(
             f"{v.target.row}. {v.target.what}", v.worst, v.target.must, v.target.goal,
@@ -113,7 +111,9 @@ def _picture(name: str, folder: Path) -> str:
 
 def _sources(measurements: Sequence[Measurement]) -> str:
     """Commits, devices, versions and commands that the numbers come from, and what each commit measured."""
-    used = [m for group in latest_attempts(measurements).values() for m in group if m.provenance.get("commit")]
+    used = [
+        m for group in latest_attempts(measurements).values() for m in group if m.provenance.get("commit")
+    ]
     origins: dict[tuple[str, str, str], list[Measurement]] = {}
     for m in used:
         p = m.provenance

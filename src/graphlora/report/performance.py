@@ -96,7 +96,7 @@ def ffn_matrix_figure(
             if points:
                 x, y = zip(*points, strict=True)
                 shift = -0.08 if skew == "balanced" else 0.08
-                axes.plot([v + shift for v in x], y, marker, color=color, markersize=9, label=skew)
+                axes.plot([v + shift for v in x], y, marker, color=color, markersize=9, label=skew, zorder=3)
         if rank in must and bounds_at in tokens:
             ends = (tokens.index(bounds_at) - 0.42, tokens.index(bounds_at) + 0.42)
             axes.hlines(must[rank], *ends, color=VERMILION, linewidth=2.5, label="must")
