@@ -36,6 +36,10 @@ LABELS = {
     "loop_r8": "expert loop (plain)",
     "released_r8": "expert loop (as released)",
 }
+# Options of a command that name a folder of one machine, or the commit, which stands above.
+_PLACES = re.compile(r" --(out|commit|resume)( (?!-)\S+)?")
+# Tokens of row 1.
+BOUNDS_AT = 8192
 TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "targets": target_table,
     "steps": step_table,
@@ -63,7 +67,7 @@ def draw_figures(measurements: Sequence[Measurement], folder: Path) -> list[Path
     ratios = _ffn_ratios(measurements)
     if ratios:
         must, goal = _bounds()
-        drawn.append(save_figure(ffn_matrix_figure(ratios, must, goal), folder / "ffn_matrix.png"))
+        drawn.append(save_figure(ffn_matrix_figure(ratios, must, goal, BOUNDS_AT), folder / "ffn_matrix.png"))
     points = [
         TargetPoint(
             f"{v.target.row}. {v.target.what}", v.worst, v.target.must, v.target.goal,
@@ -106,19 +110,23 @@ def _picture(name: str, folder: Path) -> str:
 
 
 def _sources(measurements: Sequence[Measurement]) -> str:
-    """Commits, devices, versions and commands that the numbers come from."""
-    used = [m for group in latest_attempts(measurements).values() for m in group]
-    lines = []
-    for key in ("commit", "device"):
-        values = dict.fromkeys(str(m.provenance.get(key)) for m in used if m.provenance.get(key))
-        lines.append(f"- {key}: {', '.join(v[:12] if key == 'commit' else v for v in values)}")
-    versions = {name: v for m in used for name, v in m.provenance.get("versions", {}).items()}
-    shown = [
-        f"{name} {versions[name]}" for name in ("torch", "triton", "transformers", "peft") if name in versions
+    """Commits, devices, versions and commands that the numbers come from, and what each commit measured."""
+    used = [
+        m for group in latest_attempts(measurements).values() for m in group if m.provenance.get("commit")
     ]
-    lines.append(f"- versions: {', '.join(shown)}")
-    commands = dict.fromkeys(str(m.provenance.get("command")) for m in used if m.provenance.get("command"))
-    lines += [f"- `{command}`" for command in commands]
+    origins: dict[tuple[str, str, str], list[Measurement]] = {}
+    for m in used:
+        p = m.provenance
+        installed = p.get("versions", {})
+        names = [name for name in ("torch", "triton", "transformers", "peft") if name in installed]
+        versions = ", ".join(f"{name} {installed[name]}" for name in names)
+        origins.setdefault((str(p["commit"])[:7], str(p.get("device")), versions), []).append(m)
+    lines = []
+    for (commit, device, versions), group in sorted(origins.items(), key=lambda item: item[1][0].created):
+        suites = ", ".join(dict.fromkeys(m.suite for m in group))
+        lines.append(f"- {commit}, {device}, {versions}: {suites}")
+        commands = dict.fromkeys(str(m.provenance.get("command")) for m in group)
+        lines += [f"  - `{_PLACES.sub('', command)}`" for command in commands]
     return "\n".join(lines)
 
 

@@ -97,7 +97,7 @@ def target_table(measurements: Sequence[Measurement]) -> str:
         spread = (
             f"{number(values[0], t.unit)} to {number(values[-1], t.unit)}; {len(values)} of {verdict.expected}"
             if values
-            else "-"
+            else f"0 of {verdict.expected}"
         )
         cells = (
             t.row, t.what, number(verdict.worst, t.unit), spread,

@@ -121,9 +121,23 @@ def test_figures_and_page_come_from_the_data(tmp_path):
     }
     text = (docs / "performance.md").read_text()
     assert "| 1 | FFN forward + backward / frozen FFN, r <= 8 | 1.100 |" in text
+    assert "| 7 | router forward + backward, T = 8192, CUDA graph | - | 0 of 2 |" in text
     again = text
     page.update_page(read([tmp_path / "data"]), docs / "performance.md")
     assert (docs / "performance.md").read_text() == again
+
+
+def test_the_page_says_which_commit_measured_what_and_names_no_folder_of_a_machine():
+    provenance = {
+        "commit": "0123456789",
+        "device": "NVIDIA H200",
+        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+        "command": "python -m benchmarks run --resume --commit 0123456789 --out /some/place --cases '^step'",
+    }
+    sources = page._sources([replace(m, provenance=provenance) for m in times(frozen=1)])
+    assert sources == (
+        "- 0123456, NVIDIA H200, torch 2.11.0, triton 3.6.0: step\n  - `python -m benchmarks run --cases '^step'`"
+    )
 
 
 def test_a_page_without_a_marker_is_refused(tmp_path):

@@ -64,7 +64,10 @@ def step_time_figure(steps: Mapping[str, Mapping[str, float]], ours: str = "Grap
 
 
 def ffn_matrix_figure(
-    ratios: Mapping[tuple[str, int, int, str], float], must: Mapping[int, float], goal: Mapping[int, float]
+    ratios: Mapping[tuple[str, int, int, str], float],
+    must: Mapping[int, float],
+    goal: Mapping[int, float],
+    bounds_at: int,
 ) -> Any:
     """Dots of the adapted FFN's time relative to the frozen one, over tokens; a panel per model and rank.
 
@@ -72,6 +75,7 @@ def ffn_matrix_figure(
         ratios: by model, rank, tokens and skew (`"balanced"` or `"skewed"`).
         must: the largest ratio that is enough, by rank.
         goal: the ratio aimed at, by rank.
+        bounds_at: tokens for which the two hold; they are drawn there alone.
 
     Raises:
         GraphLoraError: nothing to draw, or matplotlib is not installed.
@@ -92,10 +96,11 @@ def ffn_matrix_figure(
             if points:
                 x, y = zip(*points, strict=True)
                 shift = -0.08 if skew == "balanced" else 0.08
-                axes.plot([v + shift for v in x], y, marker, color=color, markersize=9, label=skew)
-        if rank in must:
-            axes.axhline(must[rank], color=VERMILION, linewidth=1.5, label="must")
-            axes.axhline(goal[rank], color=GREEN, linewidth=1.5, linestyle="--", label="goal")
+                axes.plot([v + shift for v in x], y, marker, color=color, markersize=9, label=skew, zorder=3)
+        if rank in must and bounds_at in tokens:
+            ends = (tokens.index(bounds_at) - 0.42, tokens.index(bounds_at) + 0.42)
+            axes.hlines(must[rank], *ends, color=VERMILION, linewidth=2.5, label="must")
+            axes.hlines(goal[rank], *ends, color=GREEN, linewidth=2.5, linestyle=(0, (2, 1)), label="goal")
         axes.set_xticks(range(len(tokens)), [f"{t:,}" for t in tokens], fontsize=FONT - 1)
         axes.set_xlim(-0.5, len(tokens) - 0.5)
         axes.tick_params(axis="y", labelsize=FONT - 1)
@@ -148,7 +153,8 @@ def target_figure(points: Sequence[TargetPoint]) -> Any:
             row,
             "o" if met else "X",
             color=BLUE if met else VERMILION,
-            markersize=10,
+            markeredgecolor=BLUE if met else INK,
+            markersize=10 if met else 13,
             clip_on=False,
             zorder=3,
         )
