@@ -10,9 +10,9 @@ import torch
 
 Main = TypeVar("Main")
 Side = TypeVar("Side")
-# Of the side branch, a property of each node of the graph (PyTorch 2.10 and later). With -1 its few blocks go first
-# where those of a large product wait for room; not measured yet, so it has that of ordinary streams.
-_PRIORITY = 0
+# Of the side branch, a property of each node of the graph (PyTorch 2.10 and later): its few blocks go first where those
+# of a large product wait for room.
+_PRIORITY = -1
 
 
 def run_beside(main: Callable[[], Main], side: Callable[[], Side], device: torch.device) -> tuple[Main, Side]:

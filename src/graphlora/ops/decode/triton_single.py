@@ -14,9 +14,8 @@ from torch import Tensor
 from graphlora.ops.decode.reference import F_BLOCK, SPLIT_DEPTH
 from graphlora.ops.graph_route.triton_act import activation, narrowed
 
-# Forwards of at most this many tokens take these kernels; each token has programs of its own. None does yet: they were
-# compiled for a GPU, but not measured on one.
-TOKENS = 0
+# Forwards of at most this many tokens take these kernels; each token has programs of its own.
+TOKENS = 1
 # Rows of the skinny product that one program owns, and positions of d that it reads at once.
 _ROWS, _DEPTH = 2, 4096
 # Output rows of one program, and columns beside them (rank, times slots) that registers have room for.
