@@ -140,6 +140,16 @@ def local_path(name: str) -> Path | None:
         return None
 
 
+def check_model_place(name: str) -> None:
+    """Refuses the name of a base model that can only be a path on this disk, where nothing is.
+
+    Raises:
+        GraphLoraError: There is no such file or folder.
+    """
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and local_path(name) is None:
+        raise GraphLoraError(f"no model at {name}; check the path")
+
+
 def _check_depth(text: str, where: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):

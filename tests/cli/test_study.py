@@ -61,6 +61,16 @@ def test_only_some_variants_and_seeds(graphlora, smoke):
     assert "graphlora " not in out
 
 
+def test_a_model_that_is_not_there_is_told_by_the_plan_and_before_a_run(graphlora, tmp_path):
+    words = ["smoke", "--model", f"small={tmp_path / 'nowhere'}", "--output", tmp_path / "results"]
+    code, out, _ = graphlora("study", "plan", *words)
+    assert code == 0
+    assert "nowhere; check the path: its size is taken from its name" in out
+    code, _, error = graphlora("study", "run", *words)
+    assert code == 2
+    assert error.strip().splitlines()[-1].startswith("graphlora: error: no model at ")
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

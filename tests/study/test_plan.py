@@ -108,6 +108,9 @@ def test_options_that_make_no_recipe_are_told_at_once(changes, line):
 
 def test_data_are_looked_at_before_the_first_run(tmp_path):
     missing_data(runs_of())
+    nowhere = [{"name": "small", "model": str(tmp_path / "nowhere")}]
+    with pytest.raises(GraphLoraError, match=r"no model at .*nowhere; check the path"):
+        missing_data(runs_of(models=nowhere))
     with pytest.raises(GraphLoraError, match="unknown task 'quizz'"):
         missing_data(runs_of(tasks=["quizz"]))
     texts = tmp_path / "texts.jsonl"

@@ -15,7 +15,7 @@ from graphlora.study.presets import preset_values
 from graphlora.study.spec import BASE, StudyModel, StudySpec, StudyTask, Variant, data_name
 from graphlora.tasks import load_examples, load_mixture
 from graphlora.training.recipe import Recipe
-from graphlora.untrusted import local_path
+from graphlora.untrusted import check_model_place, local_path
 
 MAX_RUNS = 20_000
 NOWHERE = "(the study's)"
@@ -112,11 +112,13 @@ def missing_data(runs: list[Run]) -> None:
     """Look at one row of every split that the runs need, so that a wrong path is told before the first hour.
 
     Raises:
-        GraphLoraError: Data that cannot be loaded, or, for a test split, has no choices to score.
+        GraphLoraError: A model's path with nothing there; data that cannot be loaded, or, for a test split, has no
+            choices to score.
     """
     seen = set()
     for run in runs:
         recipe = run.recipe()
+        check_model_place(recipe.model)
         key = (str(recipe.task), recipe.data_dir, run.evaluate)
         if key in seen:
             continue

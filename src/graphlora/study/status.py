@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from graphlora.errors import GraphLoraError
 from graphlora.study.estimate import RULE, Estimate, Estimator
 from graphlora.study.plan import Run
 from graphlora.study.records import StudyFolder
 from graphlora.study.runner import duration, visible_devices
 from graphlora.study.spec import StudySpec
+from graphlora.untrusted import check_model_place
 
 State = Literal["done", "running", "failed", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
@@ -94,6 +96,11 @@ def plan_text(spec: StudySpec, status: Status, folder: StudyFolder, slots: int) 
     )
     if "rule" in sources:
         lines.append(f"where no record tells, by rule of thumb: {RULE}")
+    for name in sorted({run.recipe().model for run in missing}):
+        try:
+            check_model_place(name)
+        except GraphLoraError as error:
+            lines.append(f"{error}: its size is taken from its name, or as a billion parameters")
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from graphlora.errors import GraphLoraError
 from graphlora.training.adapter_files import WEIGHT_PREFIX, AdapterFiles, is_adapter, read_adapter
 from graphlora.training.processes import wants_sharding
 from graphlora.tuner.register import register
+from graphlora.untrusted import check_model_place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODULE_OF_WEIGHT = re.compile(r"^(.*?)\.(?:lora_|graphlora_|modules_to_save)")
@@ -219,8 +220,7 @@ def _place(name: str) -> dict[str, Any]:
             names = ", ".join(file.name for file in files)
             raise GraphLoraError(f"{name} holds several .gguf files ({names}); name one of them")
         return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise GraphLoraError(f"no model at {name}; check the path")
+    check_model_place(name)
     return {"pretrained_model_name_or_path": name}
 
 
