@@ -65,7 +65,8 @@ def update_page(page: Path, text: str) -> Path:
 
 def _row(promise: Promise, record: dict[str, Any] | None) -> str:
     if record is None:
-        return f"| {promise.text} | `python -m reliability run {promise.name}` | {NOT_RUN} | |"
+        command = promise.by_hand or f"python -m reliability run {promise.name}"
+        return f"| {promise.text} | `{command}` | {NOT_RUN} | |"
     test = record["test"] if "`" in record["test"] else f"`{record['test']}`"
     measured = f"{record['date']}, {record['machine']}, {record['commit']}: `{record['command']}`"
     cells = (record["promise"], test, record["figure"], measured)
@@ -99,6 +100,9 @@ def _print(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     failed = []
     for promise in _chosen(options.names):
+        if promise.by_hand:
+            print(f"{promise.name}: needs GPUs; run there: {promise.by_hand}")
+            continue
         words = shlex.split(promise.command or promise.name)
         if importlib.util.find_spec(f"reliability.{words[0]}") is None:
             print(f"{promise.name}: no command measures it alone; see docs/reliability.md")

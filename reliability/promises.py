@@ -14,12 +14,14 @@ class Promise:
         name: Name of its record, `results/reliability/NAME.json`.
         text: What is promised, for as long as there is no record.
         command: Module and arguments of what measures it, below `reliability`; left out: its name.
+        by_hand: The line that measures it on a machine with GPUs; `run` tells it instead of running anything.
     """
 
     topic: str
     name: str
     text: str
     command: str = ""
+    by_hand: str = ""
 
 
 SCALE, CRASH, NUMBERS = "Many processes and large data", "Crash safety", "Numerical safety"
@@ -32,8 +34,19 @@ PROMISES = (
     ),
     Promise(SCALE, "loading_once", "A base never exists twice in memory."),
     Promise(SCALE, "loading_memory", "No process holds the whole base beside its part of it."),
-    Promise(SCALE, "two_gpus", "Two GPUs follow the loss curve of one, and are almost twice as fast."),
-    Promise(SCALE, "two_gpus_curve", "In float32 too.", "two_gpus --parts curve,curve_float32"),
+    Promise(
+        SCALE,
+        "two_gpus",
+        "Two GPUs follow the loss curve of one, and are almost twice as fast.",
+        by_hand="torchrun --nproc_per_node 2 -m reliability.two_gpus",
+    ),
+    Promise(
+        SCALE,
+        "two_gpus_curve",
+        "Two GPUs follow the loss curve of one in float32 too.",
+        by_hand="torchrun --nproc_per_node 2 -m reliability.two_gpus --parts curve,curve_float32 --out "
+        "results/reliability/two_gpus_curve.json",
+    ),
     Promise(SCALE, "streaming", "Data of any size are read in bounded memory."),
     Promise(SCALE, "stream_resume", "A run over streamed data resumes in the middle of an epoch."),
     Promise(CRASH, "kills", "A killed run resumes and ends with the same weights."),
@@ -42,8 +55,8 @@ PROMISES = (
     Promise(
         CRASH,
         "study_kills_gpu",
-        "The same on a GPU.",
-        "study_kills --device cuda --model PATH --data_dir DIR",
+        "A study killed on a GPU ends with the same runs, with scores within the spread of seeds.",
+        by_hand="python -m reliability.study_kills --device cuda --model PATH --data_dir DIR --longest 30",
     ),
     Promise(
         CRASH, "disasters", "A full disk, lost data and SIGTERM end in a message and a usable checkpoint."
@@ -64,9 +77,19 @@ PROMISES = (
     Promise(FILES, "fuzz_authors", "No checkpoint of the authors crashes.", "fuzz authors"),
     Promise(FILES, "bombs", "Small files that ask for endless memory are refused before it is taken."),
     Promise(REPEAT, "repeatable", "The same seed gives the same adapter, bit for bit, on one device."),
-    Promise(REPEAT, "repeatable_gpu", "The same on a GPU.", "repeatable --device cuda"),
+    Promise(
+        REPEAT,
+        "repeatable_gpu",
+        "The same seed gives the same adapter, bit for bit, on a GPU too.",
+        by_hand="python -m reliability.repeatable --device cuda",
+    ),
     Promise(REPEAT, "deterministic_cost", "Deterministic mode costs little."),
-    Promise(REPEAT, "deterministic_cost_gpu", "What it costs on a GPU.", "deterministic_cost --device cuda"),
+    Promise(
+        REPEAT,
+        "deterministic_cost_gpu",
+        "What it costs on a GPU.",
+        by_hand="python -m reliability.deterministic_cost --device cuda",
+    ),
     Promise(
         REPEAT, "verify", "`graphlora verify` finds every changed byte and reproduces a recorded output."
     ),

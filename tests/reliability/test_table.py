@@ -78,3 +78,17 @@ def test_the_page_holds_the_table_of_the_records(tmp_path):
 def test_it_runs_as_a_module_and_imports_no_torch():
     code = "import sys, reliability.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_what_needs_gpus_is_told_and_not_run(tmp_path, capsys):
+    by_hand = [promise for promise in PROMISES if promise.by_hand]
+    assert {"two_gpus", "repeatable_gpu"} <= {promise.name for promise in by_hand}
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    words = ["--results", str(tmp_path), "--page", str(page), "run", *(promise.name for promise in by_hand)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    for promise in by_hand:
+        assert f"{promise.name}: needs GPUs; run there: {promise.by_hand}" in out
+        assert promise.by_hand in row_of(page.read_text(), promise.text)
+    assert not list(tmp_path.glob("*.json"))
