@@ -157,10 +157,12 @@ def test_mistakes_on_the_command_line_are_named(good, overrides, line):
         "edges",
         "edges_small",
         "efficiency",
+        "graph_small",
         "sensitivity",
         "smoke",
         "table1",
         "table1_small",
+        "table1_small_more",
         "tuning",
     ],
 )
