@@ -118,7 +118,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "5",
-        "step / MoE-PEFT's MixLoRA, published code in the same run, dropout 0.05 on both",
+        "step / MoE-PEFT's MixLoRA, published code in the same run",
         "step",
         r"llama3-8b 8 layers .*",
         "triton_dropout_r8",
