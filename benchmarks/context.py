@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.failures import failures
+from benchmarks.failures import NotHere, failures
 from benchmarks.gate import check
 from benchmarks.measurement import FAILED, SKIPPED, Measurement
 from benchmarks.registry import Case
@@ -122,13 +122,15 @@ class Context:
         return candidate if self.device.type == "cuda" else candidate.replace(_GATED, _STAND_IN)
 
     def build(self, names: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
-        """Candidates that pass the gate and can be made; the others are recorded as failed."""
+        """Candidates that pass the gate and can be made; the others are recorded as failed, or as not here."""
         made = {}
         for name in names:
             if not self.may_run(name):
                 continue
             try:
                 made[name] = make(self.stand_in(name))
+            except NotHere as error:
+                self.skip(name, str(error))
             except failures() as error:
                 self.fail(name, describe_error(error))
                 release(self.device)

@@ -31,10 +31,12 @@ LABELS = {
     "triton_r16": "GraphLoRA r=16",
     "triton_r8": "GraphLoRA r=8",
     "triton_dropout_r16": "GraphLoRA r=16, dropout",
+    "triton_dropout_r8": "GraphLoRA r=8, dropout",
     "torch_r8": "GraphLoRA r=8, torch",
     "eager_r8": "expert loop (eager)",
     "loop_r8": "expert loop (plain)",
     "released_r8": "expert loop (as released)",
+    "moe_peft_mixlora_r8": "MixLoRA r=8 (MoE-PEFT)",
 }
 # Options of a command that name a folder of one machine, or the commit, which stands above.
 _PLACES = re.compile(r" --(out|commit|resume)( (?!-)\S+)?")

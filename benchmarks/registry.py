@@ -77,10 +77,12 @@ _STEP_CANDIDATES = (
     "triton_r16",
     "triton_r8",
     "triton_dropout_r16",
+    "triton_dropout_r8",
     "torch_r8",
     "eager_r8",
     "loop_r8",
     "released_r8",
+    "moe_peft_mixlora_r8",
 )
 
 
@@ -108,7 +110,7 @@ def _full_case(shape: Shape) -> Case:
 
 
 _FULL = tuple(_full_case(shape) for shape in EIGHT_BILLION)
-_STEP = tuple(_step_case(shape, 45) for shape in EIGHT_BILLION)
+_STEP = tuple(_step_case(shape, 60) for shape in EIGHT_BILLION)
 _FFN_TINY = _ffn_case(TINY, 2, 24, "skewed", True, 1)
 _STEP_TINY = Case(
     "step",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.measurement import OK, Measurement, latest_attempts
+from benchmarks.measurement import FAILED, OK, Measurement, latest_attempts
 from benchmarks.registry import SUITES
 from benchmarks.targets import TARGETS, Target
 
@@ -66,7 +66,7 @@ def _verdict(target: Target, attempts: dict[tuple[str, str], list[Measurement]])
         failed += [
             f"{m.candidate}: {m.error}"
             for m in group
-            if m.status != OK and m.candidate in {target.candidate, target.against, "all"}
+            if m.status == FAILED and m.candidate in {target.candidate, target.against, "all"}
         ]
     expected = sum(re.fullmatch(target.cases, case.name) is not None for case in SUITES[target.suite].cases)
     return Verdict(target, by_case, tuple(failed), expected)

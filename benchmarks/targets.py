@@ -118,6 +118,17 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "5",
+        "step / MoE-PEFT's MixLoRA, published code in the same run",
+        "step",
+        r"llama3-8b 8 layers .*",
+        "triton_dropout_r8",
+        "moe_peft_mixlora_r8",
+        "full",
+        1 / 3,
+        1 / 4,
+    ),
+    Target(
+        "5",
         "eager / the plain loop it must not trail",
         "step",
         r"llama3-8b 8 layers .*",

@@ -18,6 +18,7 @@ import graphlora.moe
 import graphlora.tuner.layer
 from benchmarks.candidates.ffn import ALPHA, BACKENDS, NUM_EXPERTS, PROJECTIONS, TOP_K
 from benchmarks.candidates.loop import loop_ffn
+from benchmarks.candidates.published import moe_peft_mixlora
 from benchmarks.candidates.released import released_moe_ffn
 from benchmarks.shapes import Shape
 from graphlora import GraphLoraConfig
@@ -136,6 +137,7 @@ def step_candidate(name: str, base: nn.Module) -> ModelCandidate:
 
     Raises:
         KeyError: an unknown name.
+        NotHere: published code that is not installed.
     """
     model = twin(base)
     if name == "frozen":
@@ -155,6 +157,8 @@ def step_candidate(name: str, base: nn.Module) -> ModelCandidate:
     elif kind == "released":
         adapted = get_peft_model(model, graphlora_config(rank, "eager", dropout))
         around = _released_way
+    elif name.startswith("moe_peft_mixlora"):
+        adapted = moe_peft_mixlora(model, rank, DROPOUT, ALL_LINEAR)
     else:
         raise KeyError(name)
     adapted.train()
@@ -189,11 +193,12 @@ def step_flops(shape: Shape, num_layers: int, tokens: int, length: int, num_adap
 
 
 def active_adapter_weights(model: nn.Module) -> int:
-    """Trained weights that a token uses: of stacked experts the K selected ones."""
+    """Trained weights that a token uses: of experts, stacked or one by one, the K selected ones."""
     total = 0
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         stacked = p.dim() == 3 and ("lora_A" in name or "lora_B" in name)
-        total += p.numel() * TOP_K // p.shape[0] if stacked else p.numel()
+        apart = name.startswith("experts.")
+        total += p.numel() * TOP_K // NUM_EXPERTS if stacked or apart else p.numel()
     return total

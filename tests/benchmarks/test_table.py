@@ -59,6 +59,23 @@ def test_a_failed_candidate_is_no_success():
     assert verdict("3", measurements).text == "**failed** in part"
 
 
+def test_what_is_not_installed_is_not_measured_and_no_failure():
+    peer = "moe_peft_mixlora_r8"
+    measurements = times(triton_dropout_r8=1, **{peer: 4})
+    (target,) = (t for t in TARGETS if t.against == peer)
+
+    def text(found: list[Measurement]) -> str:
+        return next(v for v in verdicts(found) if v.target is target).text
+
+    assert text(measurements) == "goal met"
+    for status, expected in (("skipped", "not measured"), ("failed", "failed")):
+        without = [
+            replace(m, value=None, status=status, error="x") if m.candidate == peer else m
+            for m in measurements
+        ]
+        assert text(without) == expected
+
+
 def test_ratios_never_mix_two_attempts():
     fast_base = [replace(m, attempt="later", created="2030") for m in times(peft_bfloat16_r16=1)]
     assert verdict("3", [*times(triton_r16=80, peft_bfloat16_r16=100), *fast_base]).worst is None
