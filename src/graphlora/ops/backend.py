@@ -52,9 +52,23 @@ def _is_measured_gpu(device_type: str) -> bool:
     """Whether tile sizes and shared memory were tried on such a GPU: compute capability 9."""
     import torch
 
-    if device_type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+    if device_type != "cuda" or not _has_cuda():
         return False
-    return torch.cuda.get_device_capability()[0] == 9
+    return _is_hopper(torch.cuda.current_device())
+
+
+@cache
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.version.hip is None
+
+
+@cache
+def _is_hopper(device: int) -> bool:
+    import torch
+
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _triton_problem(device_type: str) -> str | None:

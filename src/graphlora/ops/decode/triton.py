@@ -16,6 +16,7 @@ from graphlora.ops.backend import interprets_triton
 from graphlora.ops.decode import triton_single as single
 from graphlora.ops.decode.reference import F_BLOCK, SPLIT_DEPTH
 from graphlora.ops.graph_route.triton_act import activation
+from graphlora.ops.sizes import ceil_div, next_power_of_2
 
 # Rows of the skinny product that one program owns, and how many bytes of a row of x it reads at once.
 _ROWS, _DEPTH_BYTES = 16, 256
@@ -245,7 +246,7 @@ def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Te
     sizes = [len(weight) for weight in weights]
     out = x.new_empty(tokens, sum(sizes), dtype=torch.float32)
     square_sum = x.new_empty(tokens, dtype=torch.float32)
-    blocks = [triton.cdiv(size, _ROWS) for size in sizes]
+    blocks = [ceil_div(size, _ROWS) for size in sizes]
     _project_kernel[(sum(blocks) + 1,)](
         x.contiguous(), *(weight.contiguous() for weight in weights), out, square_sum, tokens, *sizes, *blocks,
         d=d, ROWS=_ROWS, BT=_token_block(tokens), DEPTH=_DEPTH_BYTES // x.element_size(),
@@ -259,9 +260,9 @@ def low_rank(x: Tensor, weight: Tensor) -> Tensor:
     tokens, d = x.shape
     if single.takes(tokens):
         return single.low_rank(x, weight)
-    parts = triton.cdiv(d, SPLIT_DEPTH)
+    parts = ceil_div(d, SPLIT_DEPTH)
     out = x.new_empty(parts, tokens, len(weight), dtype=torch.float32)
-    _low_rank_kernel[(triton.cdiv(len(weight), _ROWS), parts)](
+    _low_rank_kernel[(ceil_div(len(weight), _ROWS), parts)](
         x.contiguous(), weight.contiguous(), out, tokens, len(weight),
         d=d, LENGTH=min(SPLIT_DEPTH, d), ROWS=_ROWS, BT=_token_block(tokens), DEPTH=_DEPTH_BYTES // x.element_size(),
         DOT=_DOT_TYPES[x.dtype], num_warps=4,
@@ -276,9 +277,9 @@ def add_low_rank(base: Tensor, low: Tensor, weight: Tensor, scaling: float) -> T
     if single.takes(tokens, r):
         return single.add_low_rank(base, low, weight, scaling)
     out = base.new_empty(base.shape)
-    _add_low_rank_kernel[(triton.cdiv(width, _OUT_BLOCK),)](
+    _add_low_rank_kernel[(ceil_div(width, _OUT_BLOCK),)](
         base.contiguous(), low.contiguous(), weight.contiguous(), out, tokens, width, scaling,
-        PARTS=parts, R=r, RP=max(16, triton.next_power_of_2(r)), BT=_token_block(tokens), BO=_OUT_BLOCK,
+        PARTS=parts, R=r, RP=max(16, next_power_of_2(r)), BT=_token_block(tokens), BO=_OUT_BLOCK,
         DOT=_DOT_TYPES[base.dtype], num_warps=4,
     )  # fmt: skip
     return out
@@ -302,16 +303,16 @@ def mix(
     top_k = top_k_index.shape[1]
     if single.takes(tokens, r, top_k):
         return single.mix(gate, up, low, gate_B, up_B, down_A, top_k_weights, top_k_index, scaling, act)
-    slots = triton.next_power_of_2(top_k)
+    slots = next_power_of_2(top_k)
     pairs = _pairs(act, num_experts * r, gate.dtype)
     # Triton 3.6 for sm_90 gets the second product wrong where fewer than 64 pairs meet 64 stacked columns in half
     # precision: they are stored to shared memory in the order of narrower rows.
     fewest = 16 if gate.dtype == torch.float32 else 64
-    token_block = max(min(triton.next_power_of_2(tokens), pairs // slots), fewest // slots, 1)
-    f_blocks = triton.cdiv(f, F_BLOCK)
+    token_block = max(min(next_power_of_2(tokens), pairs // slots), fewest // slots, 1)
+    f_blocks = ceil_div(f, F_BLOCK)
     mixed = gate.new_empty(gate.shape)
     partial = gate.new_empty(f_blocks, tokens, top_k, r, dtype=torch.float32)
-    _mix_kernel[(f_blocks, triton.cdiv(tokens, token_block))](
+    _mix_kernel[(f_blocks, ceil_div(tokens, token_block))](
         *(t.contiguous() for t in (gate, up)), low,
         *(t.contiguous() for t in (gate_B, up_B, down_A, top_k_weights, top_k_index)), mixed, partial, tokens,
         f, low.stride(0), scaling,
@@ -329,7 +330,7 @@ def combine(base: Tensor, low: Tensor, top_k_index: Tensor, down_B: Tensor, scal
     if single.takes(tokens, r, top_k_index.shape[1]):
         return single.combine(base, low, top_k_index, down_B, scaling)
     out = base.new_empty(base.shape)
-    _combine_kernel[(triton.cdiv(d, _OUT_BLOCK),)](
+    _combine_kernel[(ceil_div(d, _OUT_BLOCK),)](
         *(t.contiguous() for t in (base, low, top_k_index, down_B)), out, tokens, d, scaling,
         N=num_experts, R=r, K=top_k_index.shape[1], BT=_token_block(tokens), BD=_OUT_BLOCK,
         BC=_columns(num_experts * r), DOT=_DOT_TYPES[base.dtype], num_warps=4,
@@ -339,11 +340,11 @@ def combine(base: Tensor, low: Tensor, top_k_index: Tensor, down_B: Tensor, scal
 
 
 def _token_block(tokens: int) -> int:
-    return max(16, triton.next_power_of_2(tokens))
+    return max(16, next_power_of_2(tokens))
 
 
 def _columns(stacked: int) -> int:
-    return max(16, triton.next_power_of_2(stacked)) if stacked <= _COLUMNS else _COLUMNS // 2
+    return max(16, next_power_of_2(stacked)) if stacked <= _COLUMNS else _COLUMNS // 2
 
 
 def _pairs(act: str, stacked: int, dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphlora.ops.decode.reference import F_BLOCK, SPLIT_DEPTH
 from graphlora.ops.graph_route.triton_act import activation, narrowed
+from graphlora.ops.sizes import ceil_div, next_power_of_2
 
 # Forwards of at most this many tokens take these kernels; each token has programs of its own.
 TOKENS = 1
@@ -172,7 +173,7 @@ def takes(tokens: int, r: int = 1, top_k: int = 1) -> bool:
         r: rank that a program holds in full.
         top_k: experts whose ranks it holds beside each other.
     """
-    return tokens <= TOKENS and triton.next_power_of_2(top_k) * triton.next_power_of_2(r) <= _COLUMNS
+    return tokens <= TOKENS and next_power_of_2(top_k) * next_power_of_2(r) <= _COLUMNS
 
 
 def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,10 +183,10 @@ def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Te
     sizes = [len(weight) for weight in weights]
     out = x.new_empty(tokens, sum(sizes), dtype=torch.float32)
     square_sum = x.new_empty(tokens, dtype=torch.float32)
-    blocks = [triton.cdiv(size, _ROWS) for size in sizes]
+    blocks = [ceil_div(size, _ROWS) for size in sizes]
     _project_kernel[(sum(blocks) + 1, tokens)](
         x.contiguous(), *(weight.contiguous() for weight in weights), out, square_sum, *sizes, *blocks,
-        d=d, ROWS=_ROWS, DEPTH=min(_DEPTH, triton.next_power_of_2(d)), num_warps=8,
+        d=d, ROWS=_ROWS, DEPTH=min(_DEPTH, next_power_of_2(d)), num_warps=8,
     )  # fmt: skip
     return out, square_sum
 
@@ -193,9 +194,9 @@ def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Te
 def low_rank(x: Tensor, weight: Tensor) -> Tensor:
     """See `reference.low_rank`."""
     tokens, d = x.shape
-    parts = triton.cdiv(d, SPLIT_DEPTH)
+    parts = ceil_div(d, SPLIT_DEPTH)
     out = x.new_empty(parts, tokens, len(weight), dtype=torch.float32)
-    _low_rank_kernel[(triton.cdiv(len(weight), _ROWS), parts, tokens)](
+    _low_rank_kernel[(ceil_div(len(weight), _ROWS), parts, tokens)](
         x.contiguous(), weight.contiguous(), out, len(weight),
         d=d, ROWS=_ROWS, DEPTH=SPLIT_DEPTH, DOT=_DOT_TYPES[x.dtype], num_warps=4,
     )  # fmt: skip
@@ -207,9 +208,9 @@ def add_low_rank(base: Tensor, low: Tensor, weight: Tensor, scaling: float) -> T
     tokens, width = base.shape
     parts, _, r = low.shape
     out = base.new_empty(base.shape)
-    _add_low_rank_kernel[(triton.cdiv(width, _OUT_BLOCK), tokens)](
+    _add_low_rank_kernel[(ceil_div(width, _OUT_BLOCK), tokens)](
         base.contiguous(), low.contiguous(), weight.contiguous(), out, width, scaling,
-        PARTS=parts, PP=triton.next_power_of_2(parts), R=r, RP=triton.next_power_of_2(r), BO=_OUT_BLOCK,
+        PARTS=parts, PP=next_power_of_2(parts), R=r, RP=next_power_of_2(r), BO=_OUT_BLOCK,
         DOT=_DOT_TYPES[base.dtype], num_warps=4,
     )  # fmt: skip
     return out
@@ -231,14 +232,14 @@ def mix(
     tokens, f = gate.shape
     num_experts, r, _ = down_A.shape
     top_k = top_k_index.shape[1]
-    f_blocks = triton.cdiv(f, F_BLOCK)
+    f_blocks = ceil_div(f, F_BLOCK)
     mixed = gate.new_empty(gate.shape)
     partial = gate.new_empty(f_blocks, tokens, top_k, r, dtype=torch.float32)
     _mix_kernel[(f_blocks, tokens)](
         *(t.contiguous() for t in (gate, up)), low,
         *(t.contiguous() for t in (gate_B, up_B, down_A, top_k_weights, top_k_index)), mixed, partial,
         f, low.stride(0), scaling,
-        N=num_experts, R=r, RP=triton.next_power_of_2(r), K=top_k, KP=triton.next_power_of_2(top_k),
+        N=num_experts, R=r, RP=next_power_of_2(r), K=top_k, KP=next_power_of_2(top_k),
         BF=F_BLOCK, ACT=act, DOT=_DOT_TYPES[gate.dtype], num_warps=4,
     )  # fmt: skip
     return mixed, partial
@@ -249,9 +250,9 @@ def combine(base: Tensor, low: Tensor, top_k_index: Tensor, down_B: Tensor, scal
     tokens, d = base.shape
     top_k, r = low.shape[1:]
     out = base.new_empty(base.shape)
-    _combine_kernel[(triton.cdiv(d, _OUT_BLOCK), tokens)](
+    _combine_kernel[(ceil_div(d, _OUT_BLOCK), tokens)](
         *(t.contiguous() for t in (base, low, top_k_index, down_B)), out, d, scaling,
-        R=r, RP=triton.next_power_of_2(r), K=top_k, KP=triton.next_power_of_2(top_k), BD=_OUT_BLOCK,
+        R=r, RP=next_power_of_2(r), K=top_k, KP=next_power_of_2(top_k), BD=_OUT_BLOCK,
         DOT=_DOT_TYPES[base.dtype], num_warps=4,
     )  # fmt: skip
     return out

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from graphlora.ops.backend import interprets_triton
 from graphlora.ops.dropout.reference import threshold
+from graphlora.ops.operations import operation
+from graphlora.ops.sizes import ceil_div, next_power_of_2
 from graphlora.ops.triton_rounding import narrowed
 
 _ROWS, _COLUMNS, _TILE, _REGISTERS = 8, 1024, 128, 128
@@ -32,7 +34,7 @@ def dropped(x: Tensor, seed: Tensor, p: float, first_column: int = 0) -> Tensor:
         p: probability.
         first_column: what the columns are counted from; parts of one seed must not overlap.
     """
-    return torch.ops.graphlora.dropped.default(x, seed, p, first_column)
+    return operation("dropped", _dropped, x)(x, seed, p, first_column)
 
 
 def add_dropped_product(
@@ -48,7 +50,8 @@ def add_dropped_product(
         p: likewise.
         first_column: likewise.
     """
-    return torch.ops.graphlora.add_dropped_product.default(base, low, weight, seed, p, first_column)
+    run = operation("add_dropped_product", _add_dropped_product, base)
+    return run(base, low, weight, seed, p, first_column)
 
 
 @triton.jit
@@ -122,7 +125,7 @@ def _dropped(x: Tensor, seed: Tensor, p: float, first_column: int) -> Tensor:
     tokens, d = x.shape
     out = torch.empty(tokens, d, dtype=x.dtype, device=x.device)
     if out.numel():
-        dropped_kernel[(triton.cdiv(tokens, _ROWS), triton.cdiv(d, _COLUMNS))](
+        dropped_kernel[(ceil_div(tokens, _ROWS), ceil_div(d, _COLUMNS))](
             x, seed, out, tokens, d, x.stride(0), first_column,
             BT=_ROWS, BD=_COLUMNS, THRESHOLD=threshold(p), INVERSE=1 / (1 - p), num_warps=8,
         )  # fmt: skip
@@ -139,9 +142,9 @@ def _add_dropped_product(
         # The interpreter's products know no bfloat16.
         precise = base.dtype == torch.float32 or interprets_triton()
         tile = 64 if base.dtype == torch.float32 else _TILE
-        add_dropped_product_kernel[(triton.cdiv(d, tile), triton.cdiv(tokens, tile))](
+        add_dropped_product_kernel[(ceil_div(d, tile), ceil_div(tokens, tile))](
             base, low, weight, seed, out, tokens, d, n, base.stride(0), low.stride(0), first_column,
-            BT=tile, BD=tile, BK=min(64, max(16, triton.next_power_of_2(n))), THRESHOLD=threshold(p),
+            BT=tile, BD=tile, BK=min(64, max(16, next_power_of_2(n))), THRESHOLD=threshold(p),
             INVERSE=1 / (1 - p), PRECISE=precise, num_warps=8, num_stages=2, maxnreg=_REGISTERS,
         )  # fmt: skip
     return out

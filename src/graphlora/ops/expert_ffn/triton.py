@@ -14,11 +14,12 @@ from torch import Tensor
 
 from graphlora.errors import GraphLoraError
 from graphlora.ops.dropout.triton import add_dropped_product, draw_seed, dropped
-from graphlora.ops.expert_ffn import triton_launch  # noqa: F401 - registers the operations
+from graphlora.ops.expert_ffn import triton_launch
 from graphlora.ops.expert_ffn.inputs import ExpertWeights, FrozenFfn
 from graphlora.ops.expert_ffn.recompute import maybe_recompute
 from graphlora.ops.expert_ffn.support import unsupported
 from graphlora.ops.expert_ffn.triton_prepare import Prepared
+from graphlora.ops.operations import operation
 from graphlora.ops.products import add_product, product_float32
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -68,7 +69,8 @@ def expert_ffn_triton(
     settings = _Settings(dropout, scaling, ffn.act.name or "", experts.up_B.shape[1])
     with torch.no_grad():
         first, second = (experts.gate_A, experts.up_A) if low is None else (low, None)
-        made = torch.ops.graphlora.expert_mix_prepare(
+        prepare = operation("expert_mix_prepare", triton_launch.mix_prepare, experts.gate_B)
+        made = prepare(
             first, second, *(experts.gate_B, experts.up_B, experts.down_A, experts.down_B),
             top_k_weights, top_k_index, x.dtype,
         )  # fmt: skip
@@ -148,7 +150,8 @@ class ExpertMix(torch.autograd.Function):
             low_A = low_or_A
             low_or_A = (x if seed is None else dropped(x, seed, dropout, columns)) @ low_A.T
         low_gate, low_up = low_or_A.split(low_or_A.shape[1] // 2, dim=1)
-        mixed, low_down = torch.ops.graphlora.expert_mix_forward(
+        mix = operation("expert_mix_forward", triton_launch.mix_forward, up)
+        mixed, low_down = mix(
             gate, up, low_gate, low_up, b_gate, b_up, a_down, top_k_weights, top_k_index, seed, plan,
             dropout, scaling, act,
         )  # fmt: skip
@@ -170,7 +173,8 @@ class ExpertMix(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         dropout, scaling, act, columns = ctx.settings
         low_gate, low_up = low.split(low.shape[1] // 2, dim=1)
-        d_gate, d_up, d_low, *d_tables, d_weights = torch.ops.graphlora.expert_mix_backward(
+        mix = operation("expert_mix_backward", triton_launch.mix_backward, up)
+        d_gate, d_up, d_low, *d_tables, d_weights = mix(
             *grad_outputs, gate, up, low_gate, low_up, b_gate, b_up, a_down,
             top_k_weights, top_k_index, seed, plan, dropout, scaling, act, ctx.low_dtype,
         )  # fmt: skip

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from graphlora.ops.backend import interprets_triton
 from graphlora.ops.expert_ffn import triton_kernels, triton_reduce
 from graphlora.ops.expert_ffn.triton_plan import PlanShape, make_plan
 from graphlora.ops.expert_ffn.triton_prepare import empty_prepared, prepare
+from graphlora.ops.sizes import ceil_div, next_power_of_2
 
 # Offsets are 32-bit up to here.
 _INT32 = 2**31 - 1
@@ -61,7 +61,7 @@ def tile_plan(tokens: int, f: int, r: int, dtype: torch.dtype) -> TilePlan:
 
     Larger ranks and float32 take sizes that compile for sm_90 with few spilled registers.
     """
-    chunk = max(256, triton.next_power_of_2(tokens) // 8)
+    chunk = max(256, next_power_of_2(tokens) // 8)
     if r > 16 or dtype == torch.float32:
         return TilePlan(Tiles(64, 32, 16, 4, 3), Tiles(64, 32, 16, 4, 3), Tiles(32, 64, 1, 4, 2), chunk)
     return TilePlan(Tiles(64, 64, 16, 4, 3), Tiles(64, 32, 16, 4, 4), Tiles(32, 32, 1, 2, 4, 168), chunk)
@@ -105,7 +105,7 @@ def _sizes(up: Tensor, down_A: Tensor, top_k_index: Tensor, dropout: float, act:
     # The interpreter's products know no bfloat16.
     precise = up.dtype == torch.float32 or interprets_triton()
     constants = {
-        "K": top_k, "N": num_experts, "r": r, "R": max(16, triton.next_power_of_2(r)),
+        "K": top_k, "N": num_experts, "r": r, "R": max(16, next_power_of_2(r)),
         "WIDE": tokens * f > _INT32, "ACT": act, "FAST": not precise, "PRECISE": precise,
         "DROPOUT": dropout > 0, "THRESHOLD": int(dropout * 2**32), "INVERSE": 1 / (1 - dropout),
     }  # fmt: skip
@@ -115,21 +115,21 @@ def _sizes(up: Tensor, down_A: Tensor, top_k_index: Tensor, dropout: float, act:
 
 def _token_major(sizes: _Sizes, tiles: Tiles) -> tuple[dict[str, Any], int, int]:
     """Constants, number of splits and column blocks per split of a token-major kernel."""
-    columns = triton.cdiv(sizes.f, tiles.columns)
-    blocks = triton.cdiv(columns, min(tiles.splits, columns))
+    columns = ceil_div(sizes.f, tiles.columns)
+    blocks = ceil_div(columns, min(tiles.splits, columns))
     constants = sizes.constants | {
-        "KP": triton.next_power_of_2(sizes.top_k), "BT": sizes.tiles.forward.tokens, "BF": tiles.columns,
+        "KP": next_power_of_2(sizes.top_k), "BT": sizes.tiles.forward.tokens, "BF": tiles.columns,
         "UNIFORM": sizes.plan.uniform, "EVEN": sizes.f % (tiles.columns * blocks) == 0,
         **tiles.options(),
     }  # fmt: skip
-    return constants, triton.cdiv(columns, blocks), blocks
+    return constants, ceil_div(columns, blocks), blocks
 
 
 def _seed_or_any(seed: Tensor | None, other: Tensor) -> Tensor:
     return other if seed is None else seed
 
 
-def _forward(
+def mix_forward(
     gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor,
     top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None, plan: Tensor, dropout: float, scaling: float,
     act: str,
@@ -152,7 +152,7 @@ def _forward(
     )  # fmt: skip
     columns = sizes.num_experts * r
     block = _low_block(columns)
-    triton_reduce.reduce_low_kernel[(triton.cdiv(tokens, _LOW_ROWS), triton.cdiv(columns, block))](
+    triton_reduce.reduce_low_kernel[(ceil_div(tokens, _LOW_ROWS), ceil_div(columns, block))](
         partial_low, top_k_weights, top_k_index, low_down, tokens, columns, splits, scaling,
         K=top_k, r=r, BT=_LOW_ROWS, BC=block,
     )  # fmt: skip
@@ -160,10 +160,10 @@ def _forward(
 
 
 def _low_block(columns: int) -> int:
-    return min(128, triton.next_power_of_2(columns))
+    return min(128, next_power_of_2(columns))
 
 
-def _backward(
+def mix_backward(
     d_mixed: Tensor, d_low_down: Tensor, gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor,
     gate_B: Tensor, up_B: Tensor, down_A: Tensor, top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None,
     plan: Tensor, dropout: float, scaling: float, act: str, low_dtype: torch.dtype,
@@ -193,8 +193,8 @@ def _backward(
     partial = _weight_gradients(sizes, inputs, tables, seed, plan, scaling)
     columns = sizes.num_experts * r
     block = _low_block(columns)
-    low_grid = triton.cdiv(tokens, _LOW_ROWS), triton.cdiv(columns, block)
-    table_blocks = triton.cdiv(f, _TABLE_ROWS)
+    low_grid = ceil_div(tokens, _LOW_ROWS), ceil_div(columns, block)
+    table_blocks = ceil_div(f, _TABLE_ROWS)
     triton_reduce.reduce_backward_kernel[(low_grid[0] * low_grid[1] + table_blocks * sizes.num_experts,)](
         partial_low, partial_weight, top_k_weights, top_k_index, d_low, d_weights,
         *partial[:4], *d_tables, tokens, columns, splits, scaling, f, len(partial[0]), *low_grid, table_blocks,
@@ -218,7 +218,7 @@ def _weight_gradients(
     tiles = sizes.tiles.weight_gradient
     if sizes.constants["DROPOUT"] and tiles.registers is not None:
         tiles = tiles._replace(registers=_DROPOUT_REGISTERS)
-    blocks = triton.cdiv(sizes.f, tiles.columns)
+    blocks = ceil_div(sizes.f, tiles.columns)
     partial = torch.empty(shape.chunks, slots, 3, sizes.f, sizes.r, dtype=torch.float32, device=plan.device)
     triton_kernels.weight_gradient_kernel[(blocks, shape.chunks)](
         *inputs, *tables, seed, order, sorted_weights, start, end, experts, partial,
@@ -240,7 +240,7 @@ def _plan_shape(tokens: int, down_A: Tensor, top_k_index: Tensor, dtype: torch.d
     return PlanShape(tokens, num_experts, top_k_index.shape[1], tiles.forward.tokens, tiles.chunk)
 
 
-def _prepare(
+def mix_prepare(
     first: Tensor, second: Tensor | None, gate_B: Tensor, up_B: Tensor, down_A: Tensor, down_B: Tensor,
     top_k_weights: Tensor, top_k_index: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -274,9 +274,9 @@ def _backward_fake(
 
 
 for _device in ("CUDA", "CPU"):
-    _library.impl("expert_mix_prepare", _prepare, _device)
-    _library.impl("expert_mix_forward", _forward, _device)
-    _library.impl("expert_mix_backward", _backward, _device)
+    _library.impl("expert_mix_prepare", mix_prepare, _device)
+    _library.impl("expert_mix_forward", mix_forward, _device)
+    _library.impl("expert_mix_backward", mix_backward, _device)
 torch.library.register_fake("graphlora::expert_mix_prepare", _prepare_fake)
 torch.library.register_fake("graphlora::expert_mix_forward", _forward_fake)
 torch.library.register_fake("graphlora::expert_mix_backward", _backward_fake)

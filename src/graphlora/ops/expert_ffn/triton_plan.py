@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from graphlora.ops.sizes import ceil_div, next_power_of_2
 
 # More sets than this would leave most tiles nearly empty; then tiles are cut from the sorted tokens regardless of sets.
 _MOST_SETS = 128
@@ -51,9 +54,7 @@ class PlanShape:
     def pieces(self, size: int) -> int:
         """Most pieces of at most `size` rows, rounded up so that every part of the plan is aligned."""
         most = (
-            min(self.rows, self.rows // size + self.num_sets)
-            if self.uniform
-            else triton.cdiv(self.rows, size)
+            min(self.rows, self.rows // size + self.num_sets) if self.uniform else ceil_div(self.rows, size)
         )
         return _aligned(most)
 
@@ -70,20 +71,31 @@ class PlanShape:
     @property
     def numel(self) -> int:
         """Length of the plan: row order and weights, then start, end, count and experts of every tile and chunk."""
-        return sum(_aligned(size) for size in self._sizes())
+        return sum(_aligned(size) for size in self.sizes())
 
     def parts(self, plan: Tensor) -> tuple[Tensor, ...]:
         """`(order, weights, start, end, count, experts)`; the last four with tiles first, then chunks.
 
         `weights` holds the bits of the float32 weights of each sorted row, by ascending expert (uniform plans only).
         """
-        sizes = self._sizes()
-        padded = plan.split([_aligned(size) for size in sizes])
-        return tuple(part[:size] for part, size in zip(padded, sizes, strict=True))
+        sizes, aligned = _part_sizes(self)
+        padded = plan.split(aligned)
+        return tuple(
+            part if size == room else part[:size]
+            for part, size, room in zip(padded, sizes, aligned, strict=True)
+        )
 
-    def _sizes(self) -> list[int]:
+    def sizes(self) -> list[int]:
+        """Of the parts, in their order, without padding."""
         pieces = self.tiles + self.chunks
         return [self.rows, self.rows * self.top_k, pieces, pieces, pieces, pieces * self.num_experts]
+
+
+@lru_cache(maxsize=64)
+def _part_sizes(shape: PlanShape) -> tuple[list[int], list[int]]:
+    """Sizes of a plan's parts, and the room that each has."""
+    sizes = shape.sizes()
+    return sizes, [_aligned(size) for size in sizes]
 
 
 def _aligned(size: int) -> int:
@@ -93,9 +105,9 @@ def _aligned(size: int) -> int:
 
 def plan_constants(shape: PlanShape) -> dict[str, Any]:
     """Constants of the kernels that sort rows."""
-    sets = max(triton.next_power_of_2(shape.num_sets), 16)
+    sets = max(next_power_of_2(shape.num_sets), 16)
     return {
-        "K": shape.top_k, "N": shape.num_experts, "NP": triton.next_power_of_2(shape.num_experts),
+        "K": shape.top_k, "N": shape.num_experts, "NP": next_power_of_2(shape.num_experts),
         "TILE": shape.tile, "CHUNK": shape.chunk, "SP": sets, "BLOCK": SORT_BLOCK, "COUNTED": 8192 // sets,
     }  # fmt: skip
 
@@ -105,7 +117,7 @@ def make_plan(top_k_index: Tensor, top_k_weights: Tensor, shape: PlanShape) -> T
     plan = torch.empty(shape.numel, dtype=torch.int32, device=top_k_index.device)
     order, weights, *pieces = shape.parts(plan)
     if shape.uniform:
-        blocks = triton.cdiv(shape.rows, SORT_BLOCK)
+        blocks = ceil_div(shape.rows, SORT_BLOCK)
         _sort_kernel[(blocks,)](
             top_k_index, top_k_weights, order, weights, *pieces,
             shape.rows, blocks, shape.tiles, shape.tiles + shape.chunks, num_warps=8, **plan_constants(shape),
@@ -116,7 +128,7 @@ def make_plan(top_k_index: Tensor, top_k_weights: Tensor, shape: PlanShape) -> T
     order.copy_((chosen * place).sum(dim=1).argsort(stable=True))
     _cut_kernel[(shape.tiles,)](
         top_k_index, order, *pieces, shape.rows, K=shape.top_k, N=shape.num_experts,
-        NP=triton.next_power_of_2(shape.num_experts), TILE=shape.tile,
+        NP=next_power_of_2(shape.num_experts), TILE=shape.tile,
     )  # fmt: skip
     return plan
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphlora.ops.expert_ffn.triton_plan import SORT_BLOCK, PlanShape, make_plan, plan_constants, sort_block
+from graphlora.ops.sizes import ceil_div, next_power_of_2
 from graphlora.ops.triton_rounding import narrowed
 
 _COPY_BLOCK, _TURN_BLOCK = 8192, 256
@@ -61,15 +62,15 @@ def prepare(
     found = empty_prepared(first, second, gate_B, up_B, down_A, down_B, shape, dtype)
     if shape.rows == 0:
         return found
-    sorted_here = triton.cdiv(shape.rows, SORT_BLOCK) if shape.uniform else 0
+    sorted_here = ceil_div(shape.rows, SORT_BLOCK) if shape.uniform else 0
     if not shape.uniform:
         found = found._replace(plan=make_plan(top_k_index, top_k_weights, shape))
     blocks = [
         sorted_here,
-        triton.cdiv(first.numel(), _COPY_BLOCK),
-        0 if second is None else triton.cdiv(second.numel(), _COPY_BLOCK),
-        *[triton.cdiv(down_A.numel(), _COPY_BLOCK)] * 3,
-        num_experts * triton.cdiv(d, _TURN_BLOCK),
+        ceil_div(first.numel(), _COPY_BLOCK),
+        0 if second is None else ceil_div(second.numel(), _COPY_BLOCK),
+        *[ceil_div(down_A.numel(), _COPY_BLOCK)] * 3,
+        num_experts * ceil_div(d, _TURN_BLOCK),
     ]
     ends = [sum(blocks[: i + 1]) for i in range(len(blocks))]
     prepare_kernel[(ends[-1],)](
@@ -79,7 +80,7 @@ def prepare(
         shape.rows, shape.tiles, shape.tiles + shape.chunks, *ends[:-1],
         first.numel(), first.stride(0), down_A.numel(), d,
         COLUMNS=first.shape[1],
-        r=r, R=triton.next_power_of_2(r), COPY=_COPY_BLOCK, TURN=_TURN_BLOCK, UNIFORM=shape.uniform,
+        r=r, R=next_power_of_2(r), COPY=_COPY_BLOCK, TURN=_TURN_BLOCK, UNIFORM=shape.uniform,
         num_warps=8, **plan_constants(shape),
     )  # fmt: skip
     return found

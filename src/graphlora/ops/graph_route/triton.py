@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphlora.ops.graph_route import triton_launch  # noqa: F401 - registers the operations
+from graphlora.ops.graph_route import triton_launch as launch
+from graphlora.ops.operations import operation
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 MAX_EXPERTS, MAX_WIDTH, MAX_TOP_K = 64, 256, 8
@@ -213,15 +214,16 @@ class _GraphRoute(torch.autograd.Function):
         norm_topk_prob: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """See `graph_route_beside`."""
-        ops = torch.ops.graphlora
-        static, proj, conv_rounded, self_rounded, square_sum = ops.graph_route_prepare(
+        prepare = operation("graph_route_prepare", launch.prepare, x)
+        static, proj, conv_rounded, self_rounded, square_sum = prepare(
             features, conv, self_weight, graph, token_proj, x, residual, act, graph_normalized, eps >= 0, True,
             gate_A, up_A,
         )  # fmt: skip
         proj, conv_used = _rounded_or(proj, token_proj), _rounded_or(conv_rounded, conv)
         self_used = None if self_weight is None else _rounded_or(self_rounded, self_weight)
-        z = ops.graph_route_project(x, proj)
-        logits, probs, weights, index, vq = ops.graph_route_finish(
+        z = operation("graph_route_project", launch.project, x)(x, proj)
+        finish = operation("graph_route_finish", launch.finish, z)
+        logits, probs, weights, index, vq = finish(
             z[:, : len(token_proj)], square_sum, static, conv_used, self_used, out, logit_offset, features.shape[0],
             x.shape[1], act, residual, eps, top_k, norm_topk_prob, x.dtype == torch.float32,
         )  # fmt: skip
@@ -249,10 +251,9 @@ class _GraphRoute(torch.autograd.Function):
         if low is None and all(grad is None for grad in grads):
             return passed, *(None,) * 15
         wanted = ctx.needs_input_grad
-        grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph = (
-            torch.ops.graphlora.graph_route_backward(
-                *grads, passed, low, *ctx.saved_tensors, *ctx.settings, wanted[6], wanted[0]
-            )
+        backward = operation("graph_route_backward", launch.backward, ctx.saved_tensors[0])
+        grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph = backward(
+            *grads, passed, low, *ctx.saved_tensors, *ctx.settings, wanted[6], wanted[0]
         )
         rows = [0 if t is None else t[1][:-1].numel() for t in ctx.proj_dtypes]
         of_proj = [

@@ -6,7 +6,6 @@ README.md counts them. All outputs are fresh tensors; an output that a call does
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from graphlora.ops.graph_route import triton_nodes as nodes
@@ -14,6 +13,7 @@ from graphlora.ops.graph_route import triton_static as static_part
 from graphlora.ops.graph_route import triton_tokens as tokens_part
 from graphlora.ops.graph_route.triton_tiles import Tiles, input_tiles, tiles_for
 from graphlora.ops.products import product_float32
+from graphlora.ops.sizes import ceil_div, next_power_of_2
 
 # Tokens, columns and registers of the kernel that ends the gradient of x: with more registers fewer programs fit.
 _INPUT_TOKENS, _INPUT_COLUMNS, _INPUT_REGISTERS = 128, 128, 128
@@ -79,16 +79,16 @@ def prepare(
     num_experts, g = features.shape
     tokens, d = x.shape
     tiles = tiles_for(tokens, num_experts, g, x.dtype)
-    row_block = min(triton.next_power_of_2(d), _LONGEST)
+    row_block = min(next_power_of_2(d), _LONGEST)
     rows = _SQUARES // row_block
     blocks = [
-        triton.cdiv(g, _STATIC_COLUMNS),
-        triton.cdiv(token_proj.numel() if proj_rounded.numel() else 0, _COPY_BLOCK),
-        *(triton.cdiv(t.numel(), _COPY_BLOCK) for t in (conv_rounded, self_rounded)),
-        triton.cdiv(square_sum.numel(), rows),
+        ceil_div(g, _STATIC_COLUMNS),
+        ceil_div(token_proj.numel() if proj_rounded.numel() else 0, _COPY_BLOCK),
+        *(ceil_div(t.numel(), _COPY_BLOCK) for t in (conv_rounded, self_rounded)),
+        ceil_div(square_sum.numel(), rows),
     ]
     beside_size = 0 if gate_A is None else gate_A.numel()
-    beside_blocks = triton.cdiv(beside_size, _COPY_BLOCK)
+    beside_blocks = ceil_div(beside_size, _COPY_BLOCK)
     half = g + beside_size // d
     static_part.prepare_kernel[(sum(blocks) + 2 * beside_blocks,)](
         features, conv, conv if self_weight is None else self_weight, graph, static, token_proj, proj_rounded,
@@ -104,7 +104,7 @@ def prepare(
 
 def _static_tiles(num_experts: int, width: int) -> dict[str, int]:
     """Padded number of nodes and columns at a time; with more than 31 experts only the smaller fit in shared memory."""
-    padded = max(16, triton.next_power_of_2(num_experts + 1))
+    padded = max(16, next_power_of_2(num_experts + 1))
     if padded > 32:
         return {"NQ": padded, "BK": min(width, 32), "num_warps": 8, "num_stages": 1}
     return {"NQ": padded, "BK": min(width, 64), "num_warps": 4, "num_stages": 3}
@@ -131,6 +131,11 @@ def _room_for_proj(token_proj: Tensor, x: Tensor, project: bool, beside: int) ->
     if beside:
         return x.new_empty(len(token_proj) + beside // x.shape[1], x.shape[1])
     return _copied(token_proj, x.dtype) if project else x.new_empty(0)
+
+
+def project(x: Tensor, proj: Tensor) -> Tensor:
+    """`x proj^T`, `[tokens, rows]`, in float32."""
+    return _product(x, proj.T)
 
 
 def finish(
@@ -173,13 +178,13 @@ def finish(
     own = conv if self_weight is None else self_weight
     tiles = tiles_for(tokens, num_experts, g, torch.float32 if precise else torch.bfloat16, has_self)
     block = min(tiles.width, _TOKEN_COLUMNS)
-    tokens_part.tokens_forward_kernel[(triton.cdiv(tokens, tiles.token_rows), triton.cdiv(g, block), 1 + has_self)](
+    tokens_part.tokens_forward_kernel[(ceil_div(tokens, tiles.token_rows), ceil_div(g, block), 1 + has_self)](
         z, square_sum, conv, own, vq, tokens, d, eps, z.stride(0), g,
         BJ=block, ACT=act, SELF=has_self, NORM=eps >= 0, num_warps=4, **tiles.token_constants,
     )  # fmt: skip
-    nodes.nodes_forward_kernel[(triton.cdiv(tokens, tiles.tokens),)](
+    nodes.nodes_forward_kernel[(ceil_div(tokens, tiles.tokens),)](
         static, vq, conv, own, out, out if logit_offset is None else logit_offset, logits, probs, weights, index,
-        tokens, num_experts, g, K=top_k, KP=triton.next_power_of_2(top_k), ACT=act, SELF=has_self,
+        tokens, num_experts, g, K=top_k, KP=next_power_of_2(top_k), ACT=act, SELF=has_self,
         RESIDUAL=residual != 0, OFFSET=logit_offset is not None, NORMALIZE=norm_topk_prob, **tiles.node_constants,
     )  # fmt: skip
     return outputs
@@ -236,8 +241,8 @@ def backward(
     width = min(tiles.width, _TOKEN_COLUMNS)
     pull = square_sum.new_empty(tiles.width // width, len(square_sum))
     sums = torch.empty_like(partial[0])
-    token_blocks = triton.cdiv(tokens, tiles.token_rows)
-    grid = (token_blocks + triton.cdiv(sums.numel(), _SUM_COLUMNS), len(pull))
+    token_blocks = ceil_div(tokens, tiles.token_rows)
+    grid = (token_blocks + ceil_div(sums.numel(), _SUM_COLUMNS), len(pull))
     tokens_part.tokens_backward_kernel[grid](
         z, square_sum, conv_rounded, own_rounded, grad_vq, token_features, z if grad_low is None else grad_low,
         grad_z, pull, partial, sums,
@@ -246,7 +251,7 @@ def backward(
         **common, **tiles.token_constants,
     )  # fmt: skip
     first_layer = _product(grad_vq.T, token_features)
-    blocks = triton.cdiv(g, _STATIC_COLUMNS)
+    blocks = ceil_div(g, _STATIC_COLUMNS)
     grad_mixing = z.new_empty(blocks if graph_grad else 0, num_experts + 1, num_experts)
     static_part.static_backward_kernel[(blocks,)](
         features, conv, conv if self_weight is None else self_weight, graph, sums, first_layer, second_layer,
@@ -273,16 +278,16 @@ def _input_gradient(
     if grad_passed is not None or columns > g:
         rows, wide = (64, 64) if tiles.precise else (_INPUT_TOKENS, _INPUT_COLUMNS)
         base = x if grad_passed is None else grad_passed.contiguous()
-        tokens_part.block_gradient_kernel[(triton.cdiv(d, wide), triton.cdiv(tokens, rows))](
+        tokens_part.block_gradient_kernel[(ceil_div(d, wide), ceil_div(tokens, rows))](
             grad_z, proj, pull, x, base, grad_x, tokens, d, columns, BT=rows, BD=wide,
-            G=tiles.depth * triton.cdiv(columns, tiles.depth), BK=tiles.depth, BASE=grad_passed is not None,
+            G=tiles.depth * ceil_div(columns, tiles.depth), BK=tiles.depth, BASE=grad_passed is not None,
             num_stages=2, maxnreg=_INPUT_REGISTERS, **constants,
         )  # fmt: skip
         return
     rows, block, stages, programs = input_tiles(tiles)
-    parts = triton.cdiv(programs, triton.cdiv(tokens, rows))
-    step = triton.cdiv(triton.cdiv(d, parts), block) * block
-    tokens_part.input_gradient_kernel[(triton.cdiv(d, step), triton.cdiv(tokens, rows))](
+    parts = ceil_div(programs, ceil_div(tokens, rows))
+    step = ceil_div(ceil_div(d, parts), block) * block
+    tokens_part.input_gradient_kernel[(ceil_div(d, step), ceil_div(tokens, rows))](
         grad_z, proj, pull, x, grad_x, tokens, d, g, step, BT=rows, BD=block, G=tiles.width, STAGES=stages, **constants,
     )  # fmt: skip
 
@@ -299,7 +304,7 @@ def _node_gradients(
     (tokens, num_experts), (width, g) = probs.shape, (vq.shape[1], out.shape[0])
     dtype = torch.float32 if tiles.precise else torch.bfloat16
     rows = 2 * num_experts + 2 if residual else num_experts + 2
-    num_tiles = triton.cdiv(tokens, tiles.tokens)
+    num_tiles = ceil_div(tokens, tiles.tokens)
     grad_vq = torch.empty_like(vq, dtype=dtype)
     partial = vq.new_empty(num_tiles, rows, g)
     blocks = tiles.width // tiles.columns_back
@@ -314,7 +319,7 @@ def _node_gradients(
         end = min(first + step, tokens)
         features = vq.new_empty((end - first) * num_experts, width, dtype=dtype)
         grad_rows = vq.new_empty((end - first) * num_experts, g, dtype=dtype)
-        nodes.nodes_backward_kernel[(triton.cdiv(end - first, tiles.tokens),)](
+        nodes.nodes_backward_kernel[(ceil_div(end - first, tiles.tokens),)](
             static, vq, conv, own, out, probs, index,
             *(probs if t is None else t.contiguous() for t in (grad_logits, grad_probs, grad_weights)),
             grad_rows, features, grad_vq, partial, edges, first, end, num_experts, g, rows,
@@ -386,7 +391,7 @@ for _name, _run, _fake in (
     ("graph_route_backward", backward, _backward_fake),
     (
         "graph_route_project",
-        lambda x, proj: _product(x, proj.T),
+        project,
         lambda x, proj: x.new_empty(len(x), len(proj), dtype=torch.float32),
     ),
 ):

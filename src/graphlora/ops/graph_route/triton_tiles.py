@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
+
+from graphlora.ops.sizes import next_power_of_2
 
 # Tiles of node rows in 16 bits: rows, warps, and how many steps ahead layer 2's weights are read. With more rows the
 # weights are read less often, but fewer programs share a multiprocessor. By `(backward, has a self weight)`.
@@ -72,8 +73,8 @@ def tiles_for(
 ) -> Tiles:  # fmt: skip
     """Tile sizes of the kernels over nodes and of those over tokens; `edges`: whether the graph has a gradient."""
     precise = dtype == torch.float32
-    num_nodes = triton.next_power_of_2(num_experts)
-    width = max(16 if precise else 64, triton.next_power_of_2(g))
+    num_nodes = next_power_of_2(num_experts)
+    width = max(16 if precise else 64, next_power_of_2(g))
     if precise:
         rows, warps, stages = 32, 4, 1
     elif width <= 64 or tokens * num_nodes < _MANY_ROWS or num_nodes > 16 or edges:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphlora.ops.routing_sums.reference import RoutingSums
+from graphlora.ops.sizes import ceil_div, next_power_of_2
 
 # Tokens of one program, at most.
 _TOKENS = 256
@@ -183,14 +184,14 @@ class _Sums(torch.autograd.Function):
 
 def _token_block(num_experts: int) -> int:
     """Tokens whose pairs of experts are compared at once."""
-    return max(1, 2048 // triton.next_power_of_2(num_experts) ** 2)
+    return max(1, 2048 // next_power_of_2(num_experts) ** 2)
 
 
 def _constants(
     index: Tensor, num_experts: int, mask: Tensor | None, absolute: bool, count_probs: bool
 ) -> dict[str, Any]:
     return {
-        "BT": _token_block(num_experts), "NP": triton.next_power_of_2(num_experts), "K": index.shape[2],
+        "BT": _token_block(num_experts), "NP": next_power_of_2(num_experts), "K": index.shape[2],
         "ABSOLUTE": absolute, "COUNT_PROBS": count_probs, "MASKED": mask is not None, "num_warps": 4,
     }  # fmt: skip
 
@@ -202,8 +203,8 @@ def _forward(
     num_layers, tokens, num_experts = probs.shape
     if tokens == 0:
         return probs.new_zeros(num_layers, 4 * num_experts + 1)
-    per_program = max(_token_block(num_experts), min(_TOKENS, triton.next_power_of_2(tokens)))
-    programs = triton.cdiv(tokens, per_program)
+    per_program = max(_token_block(num_experts), min(_TOKENS, next_power_of_2(tokens)))
+    programs = ceil_div(tokens, per_program)
     partial = probs.new_empty(num_layers, programs, 4 * num_experts + 1)
     sums_kernel[(programs, num_layers)](
         logits, probs, weights, index, probs if mask is None else mask.to(torch.float32), log_target, partial,
@@ -221,7 +222,7 @@ def _backward(
     grad_weights = probs.new_empty(0 if count_probs else index.shape)
     if tokens:
         constants = _constants(index, num_experts, mask, absolute, count_probs)
-        sums_backward_kernel[(triton.cdiv(tokens, constants["BT"]), num_layers)](
+        sums_backward_kernel[(ceil_div(tokens, constants["BT"]), num_layers)](
             probs, index, probs if mask is None else mask.to(torch.float32), log_target, grad_load, grad_divergence,
             grad_probs, grad_weights, tokens, num_experts, eps, **constants,
         )  # fmt: skip

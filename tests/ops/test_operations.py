@@ -1,0 +1,65 @@
+"""Operations run through PyTorch's dispatcher where something traces, and directly elsewhere, with the same result."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+from graphlora.ops.dropout.triton import _dropped, dropped
+from graphlora.ops.operations import operation
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operations that pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Tagged(Tensor):
+    pass
+
+
+def test_a_plain_call_goes_to_the_implementation():
+    for x in (torch.ones(2, 3), torch.nn.Parameter(torch.ones(2, 3))):
+        assert operation("dropped", _dropped, x) is _dropped
+
+
+def test_modes_see_the_operation():
+    x, seed = torch.ones(2, 3), torch.ones(1, dtype=torch.int32)
+    with Seen() as seen:
+        through = dropped(x, seed, 0.5)
+    assert "graphlora::dropped" in seen.names
+    assert torch.equal(through, dropped(x, seed, 0.5))
+
+
+def test_tensors_of_another_class_go_through_the_dispatcher():
+    x = torch.ones(2, 3).as_subclass(Tagged)
+    assert operation("dropped", _dropped, x) is torch.ops.graphlora.dropped.default
+
+
+def test_fake_tensors_are_not_computed_with():
+    with FakeTensorMode():
+        x, seed = torch.ones(2, 3), torch.ones(1, dtype=torch.int32)
+        assert dropped(x, seed, 0.5).shape == (2, 3)
+    assert operation("dropped", _dropped, x) is torch.ops.graphlora.dropped.default
+
+
+def test_compilers_see_the_operation():
+    graphs = []
+
+    def keep(module, _):
+        graphs.append(str(module.graph))
+        return module.forward
+
+    compiled = torch.compile(dropped, backend=keep, fullgraph=True)
+    x, seed = torch.ones(2, 3), torch.ones(1, dtype=torch.int32)
+    assert torch.equal(compiled(x, seed, 0.5), dropped(x, seed, 0.5))
+    assert "graphlora.dropped" in graphs[0]
