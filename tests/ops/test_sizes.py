@@ -2,8 +2,9 @@
 
 import pytest
 
-triton = pytest.importorskip("triton")
 from graphlora.ops.sizes import ceil_div, next_power_of_2
+
+triton = pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4095, 4096, 2**31 + 3])
