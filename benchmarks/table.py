@@ -60,16 +60,29 @@ def _verdict(target: Target, attempts: dict[tuple[str, str], list[Measurement]])
             continue
         found = {m.candidate: m.value for m in group if m.status == OK and m.phase == target.phase}
         mine = found.get(target.candidate)
-        base = 1.0 if target.against is None else found.get(target.against)
+        base = _base(target, found)
         if mine is not None and base:
             by_case[case] = mine / base
         failed += [
             f"{m.candidate}: {m.error}"
             for m in group
-            if m.status == FAILED and m.candidate in {target.candidate, target.against, "all"}
+            if m.status == FAILED and m.candidate in {target.candidate, *_names(target.against), "all"}
         ]
     expected = sum(re.fullmatch(target.cases, case.name) is not None for case in SUITES[target.suite].cases)
     return Verdict(target, by_case, tuple(failed), expected)
+
+
+def _names(against: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if against is None else (against,) if isinstance(against, str) else against
+
+
+def _base(target: Target, found: dict[str, float | None]) -> float | None:
+    """What a line divides by: the fastest of those that it names, once all are there."""
+    values = [found.get(name) for name in _names(target.against)]
+    known = [value for value in values if value]
+    if len(known) < len(values):
+        return None
+    return min(known, default=1.0)
 
 
 def _matches(target: Target, measurement: Measurement) -> bool:

@@ -76,6 +76,16 @@ def test_what_is_not_installed_is_not_measured_and_no_failure():
         assert text(without) == expected
 
 
+@pytest.mark.parametrize(
+    ("times_of", "worst"),
+    [({"eager_r8": 4, "loop_r8": 5}, 0.25), ({"eager_r8": 5, "loop_r8": 4}, 0.25), ({"eager_r8": 4}, None)],
+)
+def test_the_faster_of_two_counts_once_both_are_there(times_of, worst):
+    (target,) = (t for t in TARGETS if t.against == ("eager_r8", "loop_r8"))
+    (found,) = (v for v in verdicts(times(triton_r8=1, **times_of)) if v.target is target)
+    assert found.worst == worst
+
+
 def test_ratios_never_mix_two_attempts():
     fast_base = [replace(m, attempt="later", created="2030") for m in times(peft_bfloat16_r16=1)]
     assert verdict("3", [*times(triton_r16=80, peft_bfloat16_r16=100), *fast_base]).worst is None

@@ -7,8 +7,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+from graphlora.ops.backend import interprets_triton
 from graphlora.ops.dropout.triton import _dropped, dropped
 from graphlora.ops.operations import operation
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not interprets_triton(), reason="neither a CUDA device nor the interpreter"
+)
 
 
 class Seen(TorchDispatchMode):
@@ -27,13 +33,17 @@ class Tagged(Tensor):
     pass
 
 
+def arguments():
+    return torch.ones(2, 3, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
+
+
 def test_a_plain_call_goes_to_the_implementation():
     for x in (torch.ones(2, 3), torch.nn.Parameter(torch.ones(2, 3))):
         assert operation("dropped", _dropped, x) is _dropped
 
 
 def test_modes_see_the_operation():
-    x, seed = torch.ones(2, 3), torch.ones(1, dtype=torch.int32)
+    x, seed = arguments()
     with Seen() as seen:
         through = dropped(x, seed, 0.5)
     assert "graphlora::dropped" in seen.names
@@ -47,7 +57,7 @@ def test_tensors_of_another_class_go_through_the_dispatcher():
 
 def test_fake_tensors_are_not_computed_with():
     with FakeTensorMode():
-        x, seed = torch.ones(2, 3), torch.ones(1, dtype=torch.int32)
+        x, seed = arguments()
         assert dropped(x, seed, 0.5).shape == (2, 3)
     assert operation("dropped", _dropped, x) is torch.ops.graphlora.dropped.default
 
@@ -60,6 +70,6 @@ def test_compilers_see_the_operation():
         return module.forward
 
     compiled = torch.compile(dropped, backend=keep, fullgraph=True)
-    x, seed = torch.ones(2, 3), torch.ones(1, dtype=torch.int32)
+    x, seed = arguments()
     assert torch.equal(compiled(x, seed, 0.5), dropped(x, seed, 0.5))
     assert "graphlora.dropped" in graphs[0]
