@@ -1,15 +1,26 @@
 """docs/findings.md says what the committed records say."""
 
-import json
 import re
-from collections import defaultdict
-from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+from findings import (
+    PAGE,
+    assert_difference,
+    compared,
+    differences,
+    mean_by_seed,
+    records_of,
+    routers,
+    rows_below,
+    says,
+    scores_of,
+    worst_cv,
+)
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+from graphlora.report.inference import holm, paired_t_p, summarize
+from graphlora.report.names import AVERAGE
+
 EDGES = {
     "random (`graphlora`)": "graphlora",
     "none": "edgeless",
@@ -41,15 +52,11 @@ CHANGES = {
     "*LoRA, 5e-4*": "lora_rate_5e-4",
     "*MixLoRA*": "mixlora",
 }
-ROWS = dict(re.findall(r"^\| `(\w+)` \| ([\d.].*) \|$", PAGE, re.MULTILINE))
 
 
-def records_of(study):
-    found = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / study).glob("*.json"))]
-    by_variant = defaultdict(list)
-    for record in found:
-        by_variant[record["variant"]].append(record)
-    return by_variant
+ROWS = rows_below("The result")
+MORE_ROWS = rows_below("Two more tasks")
+FRESH_ROWS = rows_below("The graph on fresh seeds")
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +64,14 @@ def records():
     return records_of("table1_small")
 
 
-def scores_of(records):
-    return {(r["metrics"]["task"], r["seed"]): 100 * r["metrics"]["score"] for r in records}
+@pytest.fixture(scope="module")
+def table():
+    return compared("table1_small")
 
 
-def worst_cv(records):
-    return max(block["load_cv"] for r in records for block in r["metrics"]["routing"].values())
+@pytest.fixture(scope="module")
+def more():
+    return compared("table1_small_more")
 
 
 def test_every_method_has_five_seeds_of_three_tasks_from_one_clean_commit(records):
@@ -75,19 +84,96 @@ def test_every_method_has_five_seeds_of_three_tasks_from_one_clean_commit(record
 
 
 @pytest.mark.parametrize("variant", ROWS)
-def test_the_table_is_that_of_the_records(records, variant):
-    trained, accuracy, difference, *_, worst, dead = (cell.strip() for cell in ROWS[variant].split("|"))
-    scores = {(r["metrics"]["task"], r["seed"]): 100 * r["metrics"]["score"] for r in records[variant]}
-    mine = {(r["metrics"]["task"], r["seed"]): 100 * r["metrics"]["score"] for r in records["graphlora"]}
-    assert accuracy == f"{fmean(scores.values()):.2f}"
+def test_the_table_is_that_of_the_records(records, table, variant):
+    trained, accuracy, difference, p, worst, dead = ROWS[variant]
+    assert accuracy == f"{fmean(scores_of(records[variant]).values()):.2f}"
     assert trained == f"{records[variant][0]['metrics']['num_trained'] / 1e6:.1f}"
     if variant != "graphlora":
-        gap = fmean(scores[key] - mine[key] for key in mine)
-        assert float(difference.split(",")[0]) == pytest.approx(gap, abs=0.0051)
-    blocks = [block for r in records[variant] for block in r["metrics"].get("routing", {}).values()]
+        found = table[1][variant]
+        assert_difference(difference, found.difference)
+        plain, corrected = p.split("; ")
+        assert says(plain, found.t_p) and says(corrected, found.holm_p)
+    blocks = routers(records[variant])
+    assert bool(worst) == bool(dead) == bool(blocks)
     if blocks:
-        assert worst == f"{max(block['load_cv'] for block in blocks):.2f}"
-        assert float(dead) == pytest.approx(sum(block["dead_experts"] for block in blocks) / 15, abs=0.051)
+        assert worst == f"{worst_cv(records[variant]):.2f}"
+        share, experts = dead.split(" of ")
+        assert says(share, sum(block["dead_experts"] for block in blocks) / 15)
+        assert int(experts) == sum(len(block["expert_load"]) for block in blocks) / 15
+
+
+def test_wins_and_losses_are_those_of_the_corrected_p(table, more):
+    beaten = {v for v, c in table[1].items() if c.holm_p < 0.05}
+    assert beaten == {"hydralora", "loramoe_no_constraint"}
+    assert {v for v, c in more[1].items() if c.holm_p < 0.05} == {"graphlora_no_normal"}
+    single = {(c.column, c.variant) for found in (table, more) for c in found[0] if c.holm_p < 0.05}
+    assert single - {(AVERAGE, v) for v in (*beaten, "graphlora_no_normal")} == {
+        ("arc_challenge", "lora_matched")
+    }
+
+
+@pytest.mark.parametrize("variant", MORE_ROWS)
+def test_the_table_of_two_more_tasks_is_that_of_the_records(more, variant):
+    found = records_of("table1_small_more")
+    assert set(MORE_ROWS) == set(found) - {"base"}
+    assert {(r["metrics"]["task"], r["seed"]) for r in found[variant]} == {
+        (task, seed) for task in ("arc_challenge", "openbookqa") for seed in range(5)
+    }
+    accuracy, difference, p, corrected, of_averages, worst, dead = MORE_ROWS[variant]
+    assert accuracy == f"{fmean(scores_of(found[variant]).values()):.2f}"
+    if variant != "graphlora":
+        averages = dict(zip(more[1], holm([c.t_p for c in more[1].values()]), strict=True))
+        assert len(averages) == 6
+        assert_difference(difference, more[1][variant].difference)
+        assert says(p, more[1][variant].t_p) and says(corrected, more[1][variant].holm_p)
+        assert says(of_averages, averages[variant])
+    blocks = routers(found[variant])
+    assert bool(worst) == bool(dead) == bool(blocks)
+    if blocks:
+        assert worst == f"{worst_cv(found[variant]):.2f}"
+        assert says(dead, sum(block["dead_experts"] for block in blocks) / 10)
+        assert sum(len(block["expert_load"]) for block in blocks) == 10 * 240
+
+
+@pytest.mark.parametrize("variant", FRESH_ROWS)
+def test_the_table_of_fresh_seeds_is_that_of_the_records(records, variant):
+    found = records_of("graph_small")
+    assert set(FRESH_ROWS) == set(found) - {"base"}
+    accuracy, difference, p, of_ten, ten_difference, ten_p = FRESH_ROWS[variant]
+    fresh, every = mean_by_seed(found[variant]), mean_by_seed(found[variant], records[variant])
+    assert set(fresh) == set(range(5, 10)) and set(every) == set(range(10))
+    assert accuracy == f"{fmean(fresh.values()):.2f}" and of_ten == f"{fmean(every.values()):.2f}"
+    if variant == "graphlora":
+        return
+    gaps = differences(fresh, mean_by_seed(found["graphlora"]))
+    ten_gaps = differences(every, mean_by_seed(found["graphlora"], records["graphlora"]))
+    assert_difference(difference, summarize(gaps))
+    assert_difference(ten_difference, summarize(ten_gaps))
+    assert says(ten_p, paired_t_p(ten_gaps))
+    planned = ("graphlora_no_graph", "lora_matched")
+    reference = mean_by_seed(found["graphlora"])
+    of_two = holm([paired_t_p(differences(mean_by_seed(found[name]), reference)) for name in planned])
+    plain, _, corrected = p.partition("; ")
+    assert says(plain.strip(";"), paired_t_p(gaps))
+    assert bool(corrected) == (variant in planned)
+    if corrected:
+        assert says(corrected, of_two[planned.index(variant)])
+        assert float(corrected) > 0.05, "not confirmed"
+
+
+@pytest.mark.parametrize(
+    ("study", "count", "worst"),
+    [("table1_small", 213, 0.203), ("table1_small_more", 72, 0.204), ("graph_small", 63, 0.223)],
+)
+def test_the_studies_have_the_records_and_the_balance_that_the_page_says(study, count, worst):
+    found = records_of(study)
+    assert sum(map(len, found.values())) == count
+    assert f"\n{count} records in `results/{study}`" in PAGE
+    assert {
+        (r["provenance"]["commit"][:7], r["provenance"]["dirty"]) for rs in found.values() for r in rs
+    } == {("a3e3797", False)}
+    assert round(worst_cv(found["graphlora"]), 3) == worst
+    assert not any(block["dead_experts"] for block in routers(found["graphlora"]))
 
 
 def test_the_default_keeps_its_balance(records):
@@ -103,15 +189,15 @@ def test_the_table_of_edges_is_that_of_the_records(records):
     rows = re.findall(r"^\| ([^|]+) \| (6\d\.\d\d) \|([^|]*)\|([^|]*)\| ([\d.]+) \|$", PAGE, re.MULTILINE)
     assert len(rows) == len(found) - 1 == 6
     mine = scores_of(found["graphlora"])
-    for name, accuracy, difference, _, worst in rows:
+    for name, accuracy, difference, p, worst in rows:
         variant = EDGES.get(name, name)
         scores = scores_of(found[variant])
         assert len(scores) == 15
         assert accuracy == f"{fmean(scores.values()):.2f}"
         assert worst == f"{worst_cv(found[variant]):.2f}"
         if variant != "graphlora":
-            gap = fmean(scores[key] - mine[key] for key in mine)
-            assert float(difference.split(",")[0]) == pytest.approx(gap, abs=0.0051)
+            assert_difference(difference.strip(), compared("edges_small")[1][variant].difference)
+            assert says(p.strip(), compared("edges_small")[1][variant].t_p)
     repeated = {(r["metrics"]["task"], r["seed"]): r["metrics"]["train_loss"] for r in found["graphlora"]}
     first = {(r["metrics"]["task"], r["seed"]): r["metrics"]["train_loss"] for r in records["graphlora"]}
     assert repeated == first and mine == scores_of(records["graphlora"])

@@ -200,9 +200,9 @@ def test_one_method_at_several_ranks_is_a_family():
 
 
 def test_no_two_methods_look_alike_without_color():
-    look = styles([f"m{n}" for n in range(13)], "m0")
-    assert len({(style.color, style.marker) for style in look.values()}) == 13
-    assert len({(style.color, style.line) for style in look.values()}) == 13
+    look = styles([f"m{n}" for n in range(20)], "m0")
+    assert len({(style.color, style.marker) for style in look.values()}) == 20
+    assert len({(style.color, style.line) for style in look.values()}) == 20
 
 
 def test_curves_are_means_and_ranges_over_seeds(tmp_path):
@@ -210,6 +210,23 @@ def test_curves_are_means_and_ranges_over_seeds(tmp_path):
     write_records([study_record("lora", "quiz", s, 50, curve=c) for s, c in enumerate(curves)], tmp_path)
     (study,), _ = read_studies(tmp_path)
     assert curve_band(study.runs, ("loss",)) == [(1, 3.0, 2.0, 4.0), (2, 1.0, 1.0, 1.0)]
+
+
+@pytest.mark.parametrize(("count", "reference", "bands"), [(8, True, 8), (9, True, 1), (9, False, 0)])
+def test_many_methods_have_no_bands_that_hide_their_lines(tmp_path, count, reference, bands):
+    methods = [*(["graphlora"] if reference else []), *(f"m{n}" for n in range(9))][:count]
+    records = [
+        study_record(
+            m, "quiz", seed, 50, curve=[{"step": s, "loss": 1.0 + seed} for s in (1, 2)], method="lora"
+        )
+        for m in methods
+        for seed in (0, 1)
+    ]
+    (picture,) = [p for p in section_of(records, tmp_path).pictures if p.name.startswith("curves")]
+    (axes,) = picture.draw().axes
+    assert len(axes.lines) == count and len(axes.collections) == bands
+    assert ("lowest to the highest seed." in picture.caption) == (bands == 8)
+    assert ("seed of GraphLoRA (those" in picture.caption) == (bands == 1)
 
 
 @pytest.mark.parametrize(("loss", "scale"), [(1.3, "linear"), (40.0, "log")])

@@ -21,6 +21,8 @@ ROWS = (
 )
 # Curves whose ends differ by this factor are drawn on a logarithmic scale.
 FAR_APART = 5.0
+# Bands of more methods than that lie on one another and darken the lines.
+MOST_BANDS = 8
 Band = list[tuple[int, float, float, float]]
 
 
@@ -46,11 +48,7 @@ def curve_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
     shown = listed(ROWS[row][1].replace(", %", " accuracy") for row in sorted(what))
     caption = (
         f"{shown[0].upper()}{shown[1:]} of {scores.model} over the training steps, {seeds_text(scores)}. "
-        + (
-            "Line: mean; band: from the lowest to the highest seed. "
-            if several
-            else "One seed each, so no bands. "
-        )
+        + (_band_text(numbers, bands) if several else "One seed each, so no bands. ")
         + "A method that learns faster is lower in loss and higher in accuracy at the same step. Training loss holds "
         "a method's auxiliary losses, so that its level compares only methods with the same ones; validation compares "
         "all."
@@ -66,6 +64,22 @@ def curve_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
         alt,
         lambda: _draw(numbers, scores, bands, sorted(what)),
     )
+
+
+def _band_text(numbers: StudyNumbers, bands: Mapping[tuple[int, str, str], Band]) -> str:
+    drawn, banded = {variant for _, _, variant in bands}, _banded(numbers, bands)
+    if not banded:
+        return "Lines: means; bands of so many methods would hide them. "
+    only = f" of {variant_label(banded[0])} (those of so many methods would hide the lines)"
+    return (
+        f"Line: mean; band: from the lowest to the highest seed{only if len(banded) < len(drawn) else ''}. "
+    )
+
+
+def _banded(numbers: StudyNumbers, bands: Mapping[tuple[int, str, str], Band]) -> list[str]:
+    """The variants whose range over seeds is drawn: all, or of too many the reference alone."""
+    drawn = list(dict.fromkeys(variant for _, _, variant in bands))
+    return drawn if len(drawn) <= MOST_BANDS else [v for v in drawn if v == numbers.reference]
 
 
 def curve_band(runs: Sequence[Run], names: Sequence[str], scale: float = 1.0) -> Band:
@@ -102,13 +116,15 @@ def _draw(
     look = styles(scores.trained, numbers.reference)
     places = [(row, task) for task in scores.tasks for row in rows]
     figure, grid = panels(len(places), len(rows), height=3.2)
+    banded = _banded(numbers, bands)
     handles: dict[str, Any] = {}
     for axes, (row, task) in zip(grid, places, strict=True):
         for variant in scores.trained:
             if band := bands.get((row, task, variant)):
                 steps, middle, low, high = zip(*band, strict=True)
                 style = look[variant]
-                axes.fill_between(steps, low, high, color=style.color, alpha=0.1, linewidth=0)
+                if variant in banded:
+                    axes.fill_between(steps, low, high, color=style.color, alpha=0.1, linewidth=0)
                 (handles[variant],) = axes.plot(
                     steps, middle, style.line, color=style.color, linewidth=style.width
                 )
