@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 from graphlora.ops.backend import interprets_triton
 from graphlora.ops.dropout.triton import _dropped, dropped
-from graphlora.ops.operations import operation
+from graphlora.ops.operations import launches_kernels, operation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -73,3 +73,33 @@ def test_compilers_see_the_operation():
     x, seed = arguments()
     assert torch.equal(compiled(x, seed, 0.5), dropped(x, seed, 0.5))
     assert "graphlora.dropped" in graphs[0]
+
+
+@pytest.mark.parametrize(("home", "entered"), [("cuda:1", ["cuda:1"]), ("cuda:0", []), ("cpu", [])])
+def test_kernels_are_launched_on_the_device_of_the_first_tensor(monkeypatch, home, entered):
+    """As a model needs that is spread over GPUs: Triton launches on the current device, whatever it is given."""
+    seen = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = str(device)
+
+        def __enter__(self):
+            seen.append(self.device)
+
+        def __exit__(self, *_):
+            seen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    with FakeTensorMode():
+        x = torch.empty(2, device=home)
+
+    @launches_kernels
+    def run(first, second, *, scale):
+        assert seen == entered
+        assert second is x
+        return scale
+
+    assert run(None, x, scale=3) == 3
+    assert seen == (entered and [*entered, "left"])

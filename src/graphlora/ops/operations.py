@@ -1,13 +1,18 @@
-"""How the operations of this library are called: through PyTorch's dispatcher only where something traces."""
+"""How the operations of this library are called: on the device of their tensors, by PyTorch's dispatcher if traced."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def operation(name: str, run: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
@@ -26,4 +31,18 @@ def operation(name: str, run: Callable[..., Any], x: Tensor) -> Callable[..., An
     return run
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def launches_kernels(run: Callable[P, Result]) -> Callable[P, Result]:
+    """Makes the device of the first tensor the current one, where Triton launches.
+
+    A model spread over several GPUs by a `device_map` runs forward with one of them current.
+    """
+
+    @functools.wraps(run)
+    def on_its_device(*args: P.args, **kwargs: P.kwargs) -> Result:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return run(*args, **kwargs)
+        with torch.cuda.device(device):
+            return run(*args, **kwargs)
+
+    return on_its_device

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graphlora.ops.backend import has_triton, interprets_triton
 from graphlora.ops.decode import reference
+from graphlora.ops.operations import launches_kernels
 
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
@@ -42,6 +43,7 @@ def _base_shape(base: Tensor, *_: Any) -> Tensor:
 def _define(name: str, arguments: str, shapes: Callable[..., Any]) -> Any:
     """Defines `graphlora::decode_NAME` by the functions of that name beside this file."""
 
+    @launches_kernels
     def kernel(*args: Any) -> Any:
         from graphlora.ops.decode import triton
 

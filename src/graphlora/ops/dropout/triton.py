@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphlora.ops.backend import interprets_triton
 from graphlora.ops.dropout.reference import threshold
-from graphlora.ops.operations import operation
+from graphlora.ops.operations import launches_kernels, operation
 from graphlora.ops.sizes import ceil_div, next_power_of_2
 from graphlora.ops.triton_rounding import narrowed
 
@@ -120,6 +120,7 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+@launches_kernels
 def _dropped(x: Tensor, seed: Tensor, p: float, first_column: int) -> Tensor:
     x = _rows(x)
     tokens, d = x.shape
@@ -132,6 +133,7 @@ def _dropped(x: Tensor, seed: Tensor, p: float, first_column: int) -> Tensor:
     return out
 
 
+@launches_kernels
 def _add_dropped_product(
     base: Tensor, low: Tensor, weight: Tensor, seed: Tensor, p: float, first_column: int
 ) -> Tensor:

@@ -11,6 +11,7 @@ from graphlora.ops.backend import interprets_triton
 from graphlora.ops.expert_ffn import triton_kernels, triton_reduce
 from graphlora.ops.expert_ffn.triton_plan import PlanShape, make_plan
 from graphlora.ops.expert_ffn.triton_prepare import empty_prepared, prepare
+from graphlora.ops.operations import launches_kernels
 from graphlora.ops.sizes import ceil_div, next_power_of_2
 
 # Offsets are 32-bit up to here.
@@ -129,6 +130,7 @@ def _seed_or_any(seed: Tensor | None, other: Tensor) -> Tensor:
     return other if seed is None else seed
 
 
+@launches_kernels
 def mix_forward(
     gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor,
     top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None, plan: Tensor, dropout: float, scaling: float,
@@ -163,6 +165,7 @@ def _low_block(columns: int) -> int:
     return min(128, next_power_of_2(columns))
 
 
+@launches_kernels
 def mix_backward(
     d_mixed: Tensor, d_low_down: Tensor, gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor,
     gate_B: Tensor, up_B: Tensor, down_A: Tensor, top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None,
@@ -240,6 +243,7 @@ def _plan_shape(tokens: int, down_A: Tensor, top_k_index: Tensor, dtype: torch.d
     return PlanShape(tokens, num_experts, top_k_index.shape[1], tiles.forward.tokens, tiles.chunk)
 
 
+@launches_kernels
 def mix_prepare(
     first: Tensor, second: Tensor | None, gate_B: Tensor, up_B: Tensor, down_A: Tensor, down_B: Tensor,
     top_k_weights: Tensor, top_k_index: Tensor, dtype: torch.dtype,

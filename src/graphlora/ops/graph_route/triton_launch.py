@@ -12,6 +12,7 @@ from graphlora.ops.graph_route import triton_nodes as nodes
 from graphlora.ops.graph_route import triton_static as static_part
 from graphlora.ops.graph_route import triton_tokens as tokens_part
 from graphlora.ops.graph_route.triton_tiles import Tiles, input_tiles, tiles_for
+from graphlora.ops.operations import launches_kernels
 from graphlora.ops.products import product_float32
 from graphlora.ops.sizes import ceil_div, next_power_of_2
 
@@ -34,6 +35,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return product_float32(a, b, widen_factors=True)
 
 
+@launches_kernels
 def prepare(
     features: Tensor, conv: Tensor, self_weight: Tensor | None, graph: Tensor, token_proj: Tensor, x: Tensor,
     residual: float, act: str, graph_normalized: bool, square_sums: bool, project: bool,
@@ -61,20 +63,9 @@ def prepare(
         squares `[tokens]` or empty.
     """
     outputs = _prepare_fake(
-        features,
-        conv,
-        self_weight,
-        graph,
-        token_proj,
-        x,
-        residual,
-        act,
-        graph_normalized,
-        square_sums,
-        project,
-        gate_A,
-        up_A,
-    )
+        features, conv, self_weight, graph, token_proj, x, residual, act, graph_normalized, square_sums, project,
+        gate_A, up_A,
+    )  # fmt: skip
     static, proj_rounded, conv_rounded, self_rounded, square_sum = outputs
     num_experts, g = features.shape
     tokens, d = x.shape
@@ -138,6 +129,7 @@ def project(x: Tensor, proj: Tensor) -> Tensor:
     return _product(x, proj.T)
 
 
+@launches_kernels
 def finish(
     z: Tensor, square_sum: Tensor, static: Tensor, conv: Tensor, self_weight: Tensor | None, out: Tensor,
     logit_offset: Tensor | None, num_experts: int, d: int, act: str, residual: float, eps: float,
@@ -202,6 +194,7 @@ def _finish_fake(
     return logits, torch.empty_like(logits), weights, torch.empty_like(weights, dtype=torch.int64), vq
 
 
+@launches_kernels
 def backward(
     grad_logits: Tensor | None, grad_probs: Tensor | None, grad_weights: Tensor | None,
     grad_passed: Tensor | None, grad_low: Tensor | None,

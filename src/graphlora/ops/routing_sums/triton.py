@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graphlora.ops.operations import launches_kernels
 from graphlora.ops.routing_sums.reference import RoutingSums
 from graphlora.ops.sizes import ceil_div, next_power_of_2
 
@@ -196,6 +197,7 @@ def _constants(
     }  # fmt: skip
 
 
+@launches_kernels
 def _forward(
     logits: Tensor, probs: Tensor, weights: Tensor, index: Tensor, mask: Tensor | None, log_target: Tensor,
     absolute: bool, eps: float, count_probs: bool,
@@ -213,6 +215,7 @@ def _forward(
     return partial.sum(dim=1)
 
 
+@launches_kernels
 def _backward(
     probs: Tensor, index: Tensor, mask: Tensor | None, log_target: Tensor, grad_load: Tensor,
     grad_divergence: Tensor, absolute: bool, eps: float, count_probs: bool,
