@@ -7,6 +7,12 @@ from peft import prepare_model_for_kbit_training
 from transformers import T5Config, T5ForConditionalGeneration
 
 from graphlora.errors import GraphLoraError
+from graphlora.ops.backend import has_triton, interprets_triton
+
+KERNELS = pytest.mark.skipif(
+    not has_triton() or not interprets_triton(),
+    reason="kernels run on CPU tensors in Triton's interpreter, which is off beside a GPU",
+)
 
 FLOAT32_STATE = (
     "adjacency",
@@ -114,11 +120,12 @@ def checkpointed(model, use_reentrant):
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
-def test_checkpointing_changes_no_gradient_and_no_load(make_adapted, tokens, lora_dropout):
+@pytest.mark.parametrize("backend", ["eager", "torch", pytest.param("triton", marks=KERNELS)])
+def test_checkpointing_changes_no_gradient_and_no_load(make_adapted, tokens, backend, lora_dropout):
     results = []
     for on in (False, True):
         torch.manual_seed(1)
-        model = make_adapted(lora_dropout=lora_dropout).train()
+        model = make_adapted(backend=backend, lora_dropout=lora_dropout).train()
         if on:
             model.enable_input_require_grads()
             checkpointed(model, use_reentrant=False)

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
+from graphlora.ops.backend import has_triton, interprets_triton
 from graphlora.tuner.layer import GraphLoraLayer
 
 SIZES = {
@@ -110,6 +111,28 @@ def test_prepared_quantized_base_trains_with_checkpointing(load_base, make_confi
     base = prepare_model_for_kbit_training(load_base(), gradient_checkpointing_kwargs=kwargs)
     losses = losses_of_training(peft.get_peft_model(base, make_config()), tokens)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(
+    not has_triton() or not interprets_triton(),
+    reason="kernels run on CPU tensors in Triton's interpreter, which is off beside a GPU",
+)
+def test_the_kernels_on_a_quantized_base(load_base, make_config, fill_adapter, tokens):
+    """They take the separate path there, beside the base's own calls: the gradients are those of the PyTorch path."""
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(2)
+        model = peft.get_peft_model(load_base(), make_config(backend=backend))
+        fill_adapter(model)
+        model.train()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    assert results[0]
+    for name, grad in results[0].items():
+        torch.testing.assert_close(
+            results[1][name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()), msg=name
+        )
 
 
 def test_generation_on_a_quantized_base(load_base, make_adapted, make_config, fill_adapter, tokens):

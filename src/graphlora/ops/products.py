@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def product_float32(a: Tensor, b: Tensor, *, widen_factors: bool = False) -> Tensor:
@@ -22,15 +23,17 @@ def product_float32(a: Tensor, b: Tensor, *, widen_factors: bool = False) -> Ten
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`total + a @ b` in one call, into `total`; where a compiler traces, into a tensor of its own.
+    """`total + a @ b` in one call, into `total`; where something traces, into a tensor of its own.
 
     For the results of an `autograd.Function`. PyTorch 2.11 compiles one that writes into its result in place into one
     whose result belongs to no gradient (PyTorch's issue 180642): the inputs then train as if they were not used. A
-    compiler that is left the choice writes in place by itself.
+    compiler that is left the choice writes in place by itself. Selective checkpointing, a dispatch mode, refuses what
+    it keeps where that is written to later.
 
     Args:
         total: `[m, n]`, needed no more.
         a: `[m, k]`, in the dtype of `total`.
         b: `[k, n]`, likewise.
     """
-    return torch.addmm(total, a, b) if torch.compiler.is_compiling() else total.addmm_(a, b)
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return torch.addmm(total, a, b) if traced else total.addmm_(a, b)

@@ -43,6 +43,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "router_aux_loss_form": BALANCE_FORMS,
     "backend": BACKENDS,
 }
+_TARGETED = {
+    "target_modules": ("FFN blocks", "mlp"),
+    "attention_target_modules": ("attention projections", "q_proj"),
+}
 _EDGE_INITS = ("random", "similarity", "ring", "complete", "none", "learned")
 
 
@@ -270,11 +274,12 @@ class GraphLoraConfig(PeftConfig):
             )
 
     def _check_patterns(self) -> None:
-        for name in ("target_modules", "attention_target_modules"):
+        for name in _TARGETED:
             if getattr(self, name) == "all-linear":
+                what, example = _TARGETED[name]
                 raise GraphLoraError(
-                    f"{name}='all-linear' does not name FFN blocks; leave it out to find them, "
-                    "or give names such as ['mlp']."
+                    f"{name}='all-linear' does not name {what}; leave it out to find them, "
+                    f"or give names such as ['{example}']."
                 )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise GraphLoraError(

@@ -251,9 +251,11 @@ class _GraphRoute(torch.autograd.Function):
         if low is None and all(grad is None for grad in grads):
             return passed, *(None,) * 15
         wanted = ctx.needs_input_grad
-        backward = operation("graph_route_backward", launch.backward, ctx.saved_tensors[0])
+        # Read once: under activation checkpointing every read computes the forward pass again.
+        saved = ctx.saved_tensors
+        backward = operation("graph_route_backward", launch.backward, saved[0])
         grad_x, grad_proj, grad_features, grad_conv, grad_self, grad_out, grad_graph = backward(
-            *grads, passed, low, *ctx.saved_tensors, *ctx.settings, wanted[6], wanted[0]
+            *grads, passed, low, *saved, *ctx.settings, wanted[6], wanted[0]
         )
         rows = [0 if t is None else t[1][:-1].numel() for t in ctx.proj_dtypes]
         of_proj = [

@@ -1,0 +1,94 @@
+"""A whole adapted model on the kernels: called directly or by the dispatcher, and under what users put around it."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from graphlora.ops.backend import has_triton, interprets_triton
+
+pytestmark = pytest.mark.skipif(
+    not has_triton() or not interprets_triton(),
+    reason="kernels run on CPU tensors in Triton's interpreter, which is off beside a GPU",
+)
+OPERATIONS = {
+    "dropped",
+    "add_dropped_product",
+    *(f"expert_mix_{part}" for part in ("prepare", "forward", "backward")),
+    *(f"graph_route_{part}" for part in ("prepare", "project", "finish", "backward")),
+    "routing_sums",
+    "routing_sums_backward",
+}
+
+
+class Seen(TorchDispatchMode):
+    """This library's operations that pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "graphlora":
+            self.names.add(func.name().removeprefix("graphlora::"))
+        return func(*args, **(kwargs or {}))
+
+
+def step(model, tokens):
+    torch.manual_seed(5)
+    outputs = model(input_ids=tokens, labels=tokens)
+    outputs.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"loss": outputs.loss.detach()} | grads
+
+
+def test_the_dispatcher_changes_no_bit_and_sees_every_operation(make_adapted, tokens):
+    model = make_adapted(backend="triton", lora_dropout=0.2).train()
+    direct = step(model, tokens)
+    with Seen() as seen:
+        dispatched = step(model, tokens)
+    assert seen.names == OPERATIONS
+    assert direct.keys() == dispatched.keys()
+    for name, value in direct.items():
+        assert torch.equal(dispatched[name], value), name
+
+
+def test_saved_tensors_are_read_once(make_adapted, tokens):
+    """Each read of them runs the hooks of whoever keeps them: checkpointing computes again, offloading copies again."""
+    model = make_adapted(backend="triton", lora_dropout=0.2).train()
+    counts = {"packed": 0, "unpacked": 0}
+
+    def count(name, t):
+        counts[name] += 1
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(partial(count, "packed"), partial(count, "unpacked")):
+        step(model, tokens)
+    assert 0 < counts["unpacked"] <= counts["packed"]
+
+
+@pytest.mark.parametrize("kept", ["graphlora", "aten::mm", "aten::addmm"])
+def test_selective_checkpointing(make_adapted, kept):
+    """Blocks computed again but for the products or operations that a policy keeps."""
+    model = make_adapted(backend="triton", lora_dropout=0.2).train()
+    block = model.get_base_model().model.layers[0].mlp
+
+    def policy(_, operation, *args, **kwargs):
+        keeps = operation.name().startswith(kept)
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(call):
+        torch.manual_seed(1)
+        x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = call(x)
+        out.square().sum().backward()
+        return out.detach(), x.grad
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    expected = run(block)
+    found = run(lambda x: checkpoint(block, x, use_reentrant=False, context_fn=contexts))
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6)
