@@ -17,6 +17,8 @@ BALANCED = 0.25
 # The axis of variation holds at least these decades; a smaller value stands at its lower end.
 LOWEST, HIGHEST = 0.01, 1.0
 COLUMNS = 4
+# Height of the panels of variation and of entropy, relative to their mean.
+HEIGHTS = (1.2, 0.8)
 BEHIND = "#c4c4c4"
 Points = list[tuple[int, float]]
 
@@ -65,9 +67,11 @@ def _draw(
     scores: ModelScores, found: Sequence[RoutingHealth], variants: Sequence[str], behind: str | None
 ) -> Any:
     look = task_look([task for task in scores.tasks if any(health.task == task for health in found)])
-    columns = min(COLUMNS, len(variants))
-    places = -(-len(variants) // columns) * columns
-    figure, grid = panels(2 * places, columns, height=2.1, sharex=True)
+    rows = -(-len(variants) // COLUMNS)
+    columns = -(-len(variants) // rows)
+    places = rows * columns
+    ratios = [height for height in HEIGHTS for _ in range(rows)]
+    figure, grid = panels(2 * places, columns, height=2.0, sharex=True, height_ratios=ratios)
     handles: dict[str, Any] = {}
     for name, block in (("cv", grid[:places]), ("entropy", grid[places:])):
         for index, (axes, variant) in enumerate(zip(block, variants, strict=False)):

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphlora.report.aggregate import ModelScores, StudyNumbers, metric_mean, variant_runs
-from graphlora.report.names import AVERAGE, metric_label, variant_label
+from graphlora.report.names import metric_label, variant_label
 from graphlora.report.numerals import extremes
 from graphlora.report.plotting import BARS, FONT, GRAY, ONE_SEED, Picture, legend, panels, styles
 from graphlora.report.speed import SPEED, speed_problem
-from graphlora.report.tables import column_label, seeds_text
+from graphlora.report.tables import column_text, seeds_text
 
 # Distance of marks side by side, as a share of the values' range.
 GAP = 0.022
@@ -41,7 +41,7 @@ def cost_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pic
     ]
     if not axes_of:
         return None
-    what = "the average over tasks" if scores.overall == AVERAGE else column_label(scores.overall)
+    what = column_text(scores.overall)
     several = any(scores.cells[v, scores.overall].summary.n > 1 for v, _ in _points(scores, axes_of[0][0]))
     left_out = [v for v in scores.trained if (v, scores.overall) not in scores.cells]
     good = "lower" if numbers.metric == "loss" else "upper"
@@ -112,7 +112,7 @@ def _draw(numbers: StudyNumbers, scores: ModelScores, axes_of: Sequence[tuple[st
         for variants in size_families([variant for variant, _ in points]):
             line = sorted(marks[variant] for variant in variants)
             axes.plot(*zip(*line, strict=True), color=GRAY, linewidth=1.2, zorder=1)
-        _cost_axis(axes, name, log)
+        _cost_axis(axes, name, values, log)
         if max(values) - min(values) < NARROW * max(values):
             middle = (max(values) + min(values)) / 2
             axes.set_xlim(middle * (1 - 0.6 * NARROW), middle * (1 + 0.6 * NARROW))
@@ -160,14 +160,17 @@ def side_by_side(values: Sequence[float], log: bool = False, gap: float = GAP) -
     return [math.exp(places[index]) if log else places[index] for index in range(len(there))]
 
 
-def _cost_axis(axes: Any, name: str, log: bool) -> None:
+def _cost_axis(axes: Any, name: str, values: Sequence[float], log: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     unit = 1e6 if name == "num_trained" else 1e3
     sign = "" if name == "num_trained" else "k"
+    decades = max(values) > 10 * min(values)
     if log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_locator(
+            LogLocator(subs=(1.0, 2.0, 5.0) if decades else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+        )
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))

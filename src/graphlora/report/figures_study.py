@@ -27,7 +27,7 @@ from graphlora.report.plotting import (
 )
 from graphlora.report.reading import BASE
 from graphlora.report.sweep import sweep_panels
-from graphlora.report.tables import column_label, seeds_text
+from graphlora.report.tables import column_label, column_text, seeds_text
 
 
 def study_pictures(numbers: StudyNumbers) -> list[Picture]:
@@ -66,7 +66,7 @@ def _score_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> P
     }
     alt = f"A row for each of {len(scores.trained)} methods, a panel for each task: dots of seeds, and their mean. "
     if means:
-        alt += f"The means of {column_label(scores.overall)} go {extremes(means)}. "
+        alt += f"The means of {column_text(scores.overall)} go {extremes(means)}. "
     alt += "All are in the table Scores."
     return Picture(
         f"scores{suffix}", "Scores by seed", caption, alt, lambda: _draw_scores(numbers, scores, metric)
@@ -121,7 +121,7 @@ def _difference_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str)
     column = scores.overall if any(c.column == scores.overall for c in found) else found[0].column
     means = {c.variant: c.difference.mean for c in found if c.column == column}
     alt = (
-        f"A bar for each method, a panel for each task. The differences to {reference} on {column_label(column)} go "
+        f"A bar for each method, a panel for each task. The differences to {reference} on {column_text(column)} go "
         f"{extremes(means, 2, signs=True)} {unit}. All are in the table Comparison."
     )
     return Picture(

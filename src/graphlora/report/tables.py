@@ -149,6 +149,11 @@ def column_label(column: str) -> str:
     return AVERAGE if column == AVERAGE else task_label(column)
 
 
+def column_text(column: str) -> str:
+    """A column of scores within a sentence."""
+    return "the average over tasks" if column == AVERAGE else task_label(column)
+
+
 def _score_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, where: str) -> Table:
     rows, means = [], {}
     sizes = {
