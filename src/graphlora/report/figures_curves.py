@@ -109,12 +109,8 @@ def _colored(numbers: StudyNumbers, scores: ModelScores, drawn: Sequence[str]) -
 
 
 def _choice_text(numbers: StudyNumbers, colored: Sequence[str]) -> str:
-    others = f"{ENDS} methods of highest and {ENDS} of lowest score"
-    return (
-        f"{variant_label(numbers.reference)} and the {others}"
-        if numbers.reference in colored
-        else f"the {others}"
-    )
+    reference = [variant_label(variant) for variant in colored if variant == numbers.reference]
+    return listed([*reference, f"the {ENDS} methods of highest and {ENDS} of lowest score"])
 
 
 def curve_band(runs: Sequence[Run], names: Sequence[str], scale: float = 1.0) -> Band:
