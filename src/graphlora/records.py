@@ -21,6 +21,8 @@ from graphlora.errors import GraphLoraError
 from graphlora.untrusted import parse_json
 
 SCHEMA_VERSION = 1
+# In the provenance of a study's runs: its worker processes on the device. Older records lack it.
+WORKERS = "workers_on_device"
 PACKAGES = (
     "graphlora",
     "torch",

@@ -78,6 +78,7 @@ def test_a_record_says_what_ran_and_how_it_went(finished, colors):
     record = folder.records([run])[run.run_id]
     assert (record.kind, record.study, record.variant, record.seed) == ("study", "tiny", "graphlora", 1)
     assert record.run_id == run.run_id
+    assert record.provenance["workers_on_device"] == 1
     assert (record.model, record.dtype, record.device) == ("tiny", "float32", "cpu")
     assert record.config["learning_rate"] == 1e-2
     assert record.config["adapter"]["num_experts"] == 4

@@ -22,7 +22,12 @@ ROWS = (
 # Curves whose ends differ by this factor are drawn on a logarithmic scale.
 FAR_APART = 5.0
 # Bands of more methods than that lie on one another and darken the lines.
-MOST_BANDS = 8
+MOST_BANDS = 4
+# Of more methods than that, no color tells the lines apart: all but a few are gray.
+MOST_LINES = 8
+# Of those few: the best and as many of the worst.
+ENDS = 2
+OTHERS_GRAY = "#b8b8b8"
 Band = list[tuple[int, float, float, float]]
 
 
@@ -53,16 +58,23 @@ def curve_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
         "a method's auxiliary losses, so that its level compares only methods with the same ones; validation compares "
         "all."
     )
-    alt = "Last point of each curve: " + "; ".join(
-        f"{ROWS[row][1]} of {variant_label(variant)} on {column_label(task)} {band[-1][1]:.2f}"
-        for (row, task, variant), band in bands.items()
+    drawn = list(dict.fromkeys(variant for _, _, variant in bands))
+    colored = _colored(numbers, scores, drawn)
+    if len(colored) < len(drawn):
+        caption += (
+            f" In color: {_choice_text(numbers, colored)}; gray: the other {len(drawn) - len(colored)} methods, "
+            "which leave a panel where they are far from these."
+        )
+    alt = (
+        f"A panel for each task and each of {shown}; a line for each of {len(drawn)} methods over the training steps. "
+        "Their test scores are in the table Scores, their differences in the table Comparison."
     )
     return Picture(
         f"curves{suffix}",
         "Training curves",
         caption,
         alt,
-        lambda: _draw(numbers, scores, bands, sorted(what)),
+        lambda: _draw(numbers, scores, bands, sorted(what), colored),
     )
 
 
@@ -80,6 +92,25 @@ def _banded(numbers: StudyNumbers, bands: Mapping[tuple[int, str, str], Band]) -
     """The variants whose range over seeds is drawn: all, or of too many the reference alone."""
     drawn = list(dict.fromkeys(variant for _, _, variant in bands))
     return drawn if len(drawn) <= MOST_BANDS else [v for v in drawn if v == numbers.reference]
+
+
+def _colored(numbers: StudyNumbers, scores: ModelScores, drawn: Sequence[str]) -> list[str]:
+    """The variants that have a color: all, or of too many the reference and the ends of the others' scores."""
+    if len(drawn) <= MOST_LINES:
+        return list(drawn)
+    means = {
+        variant: scores.cells[variant, scores.overall].summary.mean
+        for variant in drawn
+        if variant != numbers.reference and (variant, scores.overall) in scores.cells
+    }
+    ranked = sorted(means, key=lambda variant: means[variant])
+    kept = {numbers.reference, *ranked[:ENDS], *ranked[-ENDS:]}
+    return [variant for variant in drawn if variant in kept]
+
+
+def _choice_text(numbers: StudyNumbers, colored: Sequence[str]) -> str:
+    reference = [variant_label(variant) for variant in colored if variant == numbers.reference]
+    return listed([*reference, f"the {ENDS} methods of highest and {ENDS} of lowest score"])
 
 
 def curve_band(runs: Sequence[Run], names: Sequence[str], scale: float = 1.0) -> Band:
@@ -112,30 +143,42 @@ def _draw(
     scores: ModelScores,
     bands: Mapping[tuple[int, str, str], Band],
     rows: Sequence[int],
+    colored: Sequence[str],
 ) -> Any:
-    look = styles(scores.trained, numbers.reference)
+    look = styles(colored, numbers.reference)
     places = [(row, task) for task in scores.tasks for row in rows]
     figure, grid = panels(len(places), len(rows), height=3.2)
     banded = _banded(numbers, bands)
     handles: dict[str, Any] = {}
     for axes, (row, task) in zip(grid, places, strict=True):
-        for variant in scores.trained:
+        for variant in colored:
             if band := bands.get((row, task, variant)):
                 steps, middle, low, high = zip(*band, strict=True)
                 style = look[variant]
                 if variant in banded:
-                    axes.fill_between(steps, low, high, color=style.color, alpha=0.1, linewidth=0)
+                    axes.fill_between(steps, low, high, color=style.color, alpha=0.15, linewidth=0)
                 (handles[variant],) = axes.plot(
-                    steps, middle, style.line, color=style.color, linewidth=style.width
+                    steps, middle, style.line, color=style.color, linewidth=style.width, zorder=3
                 )
-        ends = [band[-1][1] for variant in scores.trained if (band := bands.get((row, task, variant)))]
+        ends = [band[-1][1] for variant in colored if (band := bands.get((row, task, variant)))]
         apart = bool(ends) and 0 < FAR_APART * min(ends) < max(ends)
         if apart:
             axes.set_yscale("log")
+        limits = axes.get_ylim()
+        for variant in scores.trained:
+            if variant not in colored and (band := bands.get((row, task, variant))):
+                steps, middle, _, _ = zip(*band, strict=True)
+                (handles["others"],) = axes.plot(steps, middle, color=OTHERS_GRAY, linewidth=1.2, zorder=2)
+                # The axes fit the colored lines.
+                axes.set_ylim(limits)
         name = f"{ROWS[row][1]}, log scale" if apart else ROWS[row][1]
         axes.set_title(f"{column_label(task)}: {name}", fontsize=FONT)
         axes.grid(axis="y", color="#e5e5e5")
     bottom_label(grid, len(rows), "training step")
-    shown = [variant for variant in scores.trained if variant in handles]
-    legend(figure, [handles[variant] for variant in shown], [variant_label(variant) for variant in shown])
+    shown = [variant for variant in colored if variant in handles]
+    labels = [variant_label(variant) for variant in shown]
+    if gray := handles.get("others"):
+        legend(figure, [*(handles[variant] for variant in shown), gray], [*labels, "others"])
+    else:
+        legend(figure, [handles[variant] for variant in shown], labels)
     return figure

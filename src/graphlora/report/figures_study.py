@@ -11,7 +11,7 @@ from graphlora.report.figures_curves import curve_picture
 from graphlora.report.figures_routing import routing_pictures
 from graphlora.report.figures_sweep import sweep_picture
 from graphlora.report.names import difference_unit, is_share, metric_label, variant_label
-from graphlora.report.numerals import signed
+from graphlora.report.numerals import extremes, signed
 from graphlora.report.plotting import (
     BARS,
     BLUE,
@@ -27,7 +27,7 @@ from graphlora.report.plotting import (
 )
 from graphlora.report.reading import BASE
 from graphlora.report.sweep import sweep_panels
-from graphlora.report.tables import column_label, seeds_text
+from graphlora.report.tables import column_label, column_text, seeds_text
 
 
 def study_pictures(numbers: StudyNumbers) -> list[Picture]:
@@ -59,15 +59,15 @@ def _score_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> P
         f"{BARS if several else ONE_SEED}.{base} Methods whose bars overlap widely are not told apart by these seeds; "
         "the paired differences are the sharper comparison."
     )
-    alt = f"{metric} of each method: " + "; ".join(
-        f"{column_label(column)}: "
-        + ", ".join(
-            f"{variant_label(variant)} {scores.cells[variant, column].summary.mean:.1f}"
-            for variant in scores.variants
-            if (variant, column) in scores.cells
-        )
-        for column in scores.columns
-    )
+    means = {
+        variant: scores.cells[variant, scores.overall].summary.mean
+        for variant in scores.trained
+        if (variant, scores.overall) in scores.cells
+    }
+    alt = f"A row for each of {len(scores.trained)} methods, a panel for each task: dots of seeds, and their mean. "
+    if means:
+        alt += f"The means of {column_text(scores.overall)} go {extremes(means)}. "
+    alt += "All are in the table Scores."
     return Picture(
         f"scores{suffix}", "Scores by seed", caption, alt, lambda: _draw_scores(numbers, scores, metric)
     )
@@ -104,32 +104,38 @@ def _difference_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str)
     if not found or numbers.reference is None:
         return None
     reference = variant_label(numbers.reference)
-    unit, worse = difference_unit(numbers.metric), "Left" if is_share(numbers.metric) else "Right"
+    unit, better = difference_unit(numbers.metric), "Right" if is_share(numbers.metric) else "Left"
     several = any(c.difference.n > 1 for c in found)
     bars = (
         "Error bars: 95% t interval of the paired difference, not corrected for the number of bars (the comparison "
-        "table has the corrected p values); gray: the interval holds zero"
+        f"table has the corrected p values). Gray: the interval holds zero; it does not where the bar is blue (better "
+        f"than {reference}) or orange (worse)"
         if several
         else f"{ONE_SEED}, and nothing is certain: gray"
     )
     caption = (
         f"What each method gains or loses against {reference} on {scores.model}, in {unit}, over the seeds that both "
-        f"have ({_pairs_text(found)}). {worse} of zero: worse than {reference}. {bars}. "
+        f"have ({_pairs_text(found)}). {better} of zero: better than {reference}. {bars}. "
         f"Numbers at the right: the difference."
     )
-    alt = f"Difference to {reference} in {unit}: " + "; ".join(
-        f"{variant_label(c.variant)} on {column_label(c.column)} {c.difference.mean:+.2f}" for c in found
+    column = scores.overall if any(c.column == scores.overall for c in found) else found[0].column
+    means = {c.variant: c.difference.mean for c in found if c.column == column}
+    alt = (
+        f"A bar for each method, a panel for each task. The differences to {reference} on {column_text(column)} go "
+        f"{extremes(means, 2, signs=True)} {unit}. All are in the table Comparison."
     )
     return Picture(
         f"differences{suffix}",
         f"Differences to {reference}",
         caption,
         alt,
-        lambda: _draw_differences(found, scores, f"difference to {reference}, {unit}"),
+        lambda: _draw_differences(
+            found, scores, f"difference to {reference}, {unit}", 1 if is_share(numbers.metric) else -1
+        ),
     )
 
 
-def _draw_differences(found: Sequence[Comparison], scores: ModelScores, label: str) -> Any:
+def _draw_differences(found: Sequence[Comparison], scores: ModelScores, label: str, better: int) -> Any:
     columns = [column for column in scores.columns if any(c.column == column for c in found)]
     rows = [variant for variant in scores.trained if any(c.variant == variant for c in found)]
     figure, grid = panels(
@@ -142,7 +148,7 @@ def _draw_differences(found: Sequence[Comparison], scores: ModelScores, label: s
             low, high = (d.mean, d.mean) if d.low is None or d.high is None else (d.low, d.high)
             ends += [low, high, d.mean]
             sure = d.low is not None and (low > 0 or high < 0)
-            color = (BLUE if d.mean > 0 else VERMILION) if sure else "#bdbdbd"
+            color = (BLUE if better * d.mean > 0 else VERMILION) if sure else "#bdbdbd"
             axes.barh(row, d.mean, height=0.62, color=color)
             if d.low is not None:
                 axes.plot([low, high], [row] * 2, color=INK, linewidth=1.6)
@@ -167,7 +173,7 @@ def _rows(axes: Any, labels: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     # More numbers than that touch each other where differences are hundredths.
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     axes.set_yticks(range(len(labels)), labels, fontsize=FONT)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

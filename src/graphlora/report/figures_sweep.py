@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphlora.report.aggregate import Comparison, ModelScores, StudyNumbers
-from graphlora.report.names import AVERAGE, difference_unit, task_label, variant_label
+from graphlora.report.names import AVERAGE, difference_unit, listed, task_label, variant_label
+from graphlora.report.numerals import extremes
 from graphlora.report.plotting import BLUE, FONT, INK, Picture, legend, panels
 from graphlora.report.sweep import UNNAMED, Panel, sweep_panels
 
@@ -18,6 +19,8 @@ TASK_STYLES = (
     ("#56B4E9", "P", "-."),
     ("#222222", "X", ":"),
 )
+# Farthest place of a task's mark beside its setting; neighbors are 1 apart.
+REACH = 0.3
 
 
 def sweep_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Picture | None:
@@ -42,7 +45,11 @@ def sweep_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
     bars = (
         "bars: 95% t interval of the paired difference" if max(counts) > 1 else "no error bars for one seed"
     )
-    lines = "Thick: average over tasks; thin: single tasks, without bars" if several else "One task"
+    lines = (
+        "Blue: average over tasks; smaller marks beside it: single tasks, without bars"
+        if several
+        else "One task"
+    )
     caption = (
         f"What changing one setting of {reference} does on {scores.model}: difference to {reference} (large ring, "
         f"zero by definition) in {unit} over {seeds} shared seed{'' if counts == {1} else 's'}; {bars}. {lines}. "
@@ -50,12 +57,16 @@ def sweep_picture(numbers: StudyNumbers, scores: ModelScores, suffix: str) -> Pi
     )
     if any(value == UNNAMED for panel in found for value, _ in panel.points):
         caption += f" '{UNNAMED}': the preset's own value, which the records do not name."
-    alt = f"Difference to {reference} by setting: " + "; ".join(
-        f"{panel.label} {value}: {differences[variant, scores.overall].difference.mean:+.2f}"
+    means = {
+        variant: differences[variant, scores.overall].difference.mean
         for panel in found
-        for value, variant in panel.points
+        for _, variant in panel.points
         if (variant, scores.overall) in differences
-    )
+    }
+    alt = f"A panel for each of these settings: {listed(panel.label for panel in found)}. "
+    if means:
+        alt += f"The differences to {reference} go {extremes(means, 2, signs=True)} {unit}. "
+    alt += "All are in the table Comparison."
     return Picture(
         f"sensitivity{suffix}",
         "Sensitivity",
@@ -84,15 +95,18 @@ def _draw(
         singles = scores.tasks if len(scores.tasks) > 1 else ()
         for index, task in enumerate(singles):
             color, marker, line = TASK_STYLES[index % len(TASK_STYLES)]
-            points = _points(panel, task, differences, reference)
+            points = _points(panel, task, differences, reference if ordinal else None)
+            beside = _beside(index, len(singles))
             (handles[task],) = axes.plot(
-                [x for x, _, _ in points],
+                [x + beside for x, _, _ in points],
                 [y for _, y, _ in points],
                 linestyle=line if ordinal else "none",
                 marker=marker,
                 color=color,
-                linewidth=1.4,
-                markersize=6,
+                linewidth=1.2,
+                markersize=8,
+                markeredgecolor="white",
+                zorder=4.5,
             )
         points = _points(panel, scores.overall, differences, reference)
         handles[scores.overall] = axes.errorbar(
@@ -118,6 +132,13 @@ def _draw(
     labels = ["average over tasks" if name == AVERAGE else task_label(name) for name in names]
     legend(figure, [handles[name] for name in names], labels)
     return figure
+
+
+def _beside(index: int, count: int) -> float:
+    """How far to the side of a setting the mark of a task stands: left and right of the average's, never on it."""
+    left = (count + 1) // 2
+    step = REACH / left
+    return step * (index - left if index < left else index - left + 1)
 
 
 def _setting_ticks(axes: Any, panel: Panel) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from graphlora.report.inference import Summary, VarianceRatio
+from graphlora.report.names import variant_label
 
 NONE = "–"
 
@@ -23,6 +25,17 @@ def signed(value: float, digits: int = 2) -> str:
     """A difference with its sign."""
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def extremes(values: Mapping[str, float], digits: int = 1, signs: bool = False) -> str:
+    """`from 60.4 (LoRA) to 61.9 (MixLoRA)`: the lowest and the highest of the values of variants."""
+
+    def shown(variant: str) -> str:
+        text = signed(values[variant], digits) if signs else f"{values[variant]:.{digits}f}"
+        return f"{text} ({variant_label(variant)})"
+
+    ordered = sorted(values, key=lambda variant: values[variant])
+    return f"from {shown(ordered[0])} to {shown(ordered[-1])}"
 
 
 def millions(value: float | None) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from graphlora.report.plotting import Picture
-from graphlora.report.section import Section
+from graphlora.report.section import GAPS, NO_GAPS, Section
 from graphlora.report.tables import Table
 
 STYLE = """
@@ -107,7 +107,7 @@ def _section(section: Section, images: Mapping[str, bytes]) -> str:
         for picture in section.pictures
     ]
     parts += [_table(section, table) for table in others]
-    parts.append(_list("What is missing", section.missing or ["Nothing."], f"{section.name}-missing"))
+    parts.append(_list(GAPS, section.missing or [NO_GAPS.replace("`", "")], f"{section.name}-missing"))
     parts.append(_provenance(section))
     parts.append("</section>")
     return "\n".join(parts)
@@ -179,7 +179,7 @@ def _links(section: Section) -> str:
     inner = [(f"{section.name}-{first.name}", first.title)]
     inner += [(f"{section.name}-{picture.name}-figure", picture.title) for picture in section.pictures]
     inner += [(f"{section.name}-{table.name}", table.title) for table in others]
-    inner += [(f"{section.name}-missing", "What is missing"), (f"{section.name}-provenance", "Provenance")]
+    inner += [(f"{section.name}-missing", GAPS), (f"{section.name}-provenance", "Provenance")]
     items = "".join(f'<li><a href="#{_id(name)}">{_text(title)}</a></li>' for name, title in inner)
     return f'<li><a href="#{_id(section.name)}">{_text(section.name)}</a><ul>{items}</ul></li>'
 

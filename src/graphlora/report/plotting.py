@@ -15,6 +15,8 @@ SKY, PURPLE, INK, GRAY = "#56B4E9", "#CC79A7", "#222222", "#8a8a8a"
 OTHERS = (VERMILION, GREEN, ORANGE, PURPLE, SKY, INK)
 MARKERS = ("s", "D", "^", "v", "P", "X", "<", ">", "p", "h")
 LINES = ("-", "--", "-.", ":")
+TASK_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
+TASK_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Large enough to be read at half the size of a page.
 FONT = 13
 WIDTH = 10.5
@@ -65,6 +67,18 @@ def styles(variants: Sequence[str], reference: str | None) -> dict[str, Style]:
     if reference is not None:
         found[reference] = Style(BLUE, "o", "-", 3.0)
     return found
+
+
+def task_look(tasks: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+    """A color, line and mark for each task where methods have panels or rows of their own."""
+    return {
+        task: (
+            TASK_COLORS[index % len(TASK_COLORS)],
+            LINES[index % len(LINES)],
+            TASK_MARKERS[index % len(TASK_MARKERS)],
+        )
+        for index, task in enumerate(tasks)
+    }
 
 
 def panels(

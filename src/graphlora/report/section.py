@@ -13,6 +13,13 @@ from graphlora.report.plotting import Picture
 from graphlora.report.reading import BASE
 from graphlora.report.tables import Table, study_tables
 
+GAPS = "Gaps among these records"
+# Records alone do not tell what was planned.
+NO_GAPS = (
+    "None: every method has each task and seed that another one has. Records do not say what else was planned; "
+    "`graphlora study status` does."
+)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -24,7 +31,7 @@ class Section:
         notes: What was left out or looks odd.
         tables: Tables, the scores first.
         pictures: Pictures.
-        missing: Runs that are not there, one sentence each.
+        missing: Runs that failed, or that one method has and another lacks, one sentence each.
         provenance: (what, value) pairs: commits, versions, devices, data.
     """
 

@@ -17,6 +17,7 @@ from graphlora.report.names import AVERAGE, difference_unit, is_share, metric_la
 from graphlora.report.numerals import NONE, interval, mean_std, millions, number, p_text, ratio_text, signed
 from graphlora.report.reading import BASE
 from graphlora.report.routing import routing_health
+from graphlora.report.speed import SPEED, speed_problem
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -38,6 +39,13 @@ LATEX = {
     "<": r"$<$",
     ">": r"$>$",
 }
+# Columns of the costs: metric, factor, digits, head, and whether sharing the device changes them.
+COSTS = (
+    ("step_time", 1e3, 1, "step (ms)", True),
+    (SPEED, 1, 0, "tokens/s", True),
+    ("peak_memory", 2**-30, 2, "peak memory (GiB)", False),
+    ("train_seconds", 1, 0, "training (s)", True),
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,11 @@ def latex_text(text: str) -> str:
 def column_label(column: str) -> str:
     """Head of a column of scores."""
     return AVERAGE if column == AVERAGE else task_label(column)
+
+
+def column_text(column: str) -> str:
+    """A column of scores within a sentence."""
+    return "the average over tasks" if column == AVERAGE else task_label(column)
 
 
 def _score_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, where: str) -> Table:
@@ -254,25 +267,25 @@ def _stability_table(numbers: StudyNumbers, scores: ModelScores, suffix: str, wh
 
 def _cost_table(scores: ModelScores, suffix: str, where: str) -> Table:
     rows = []
+    problem = speed_problem(scores)
     for variant in scores.trained:
         runs = variant_runs(scores, variant)
         size = metric_mean(runs, "num_trained")
         values = [
-            (metric_mean(runs, "step_time"), 1e3, 1),
-            (metric_mean(runs, "tokens_per_second"), 1, 0),
-            (metric_mean(runs, "peak_memory"), 2**-30, 2),
-            (metric_mean(runs, "train_seconds"), 1, 0),
+            (metric_mean(runs, name), scale, digits)
+            for name, scale, digits, _, timed in COSTS
+            if not (timed and problem)
         ]
         if size is not None or any(value is not None for value, _, _ in values):
             cells = (
                 NONE if value is None else f"{value * scale:,.{digits}f}" for value, scale, digits in values
             )
             rows.append((variant_label(variant), str(len(runs)), millions(size), *cells))
-    caption = (
-        f"Cost{where}: means over all runs of a method. Times are those of the machine and of what else ran on it "
-        "at the time (see provenance); runs that share a device are slower than alone."
+    caption = f"Cost{where}: means over all runs of a method. " + (
+        problem or "Times are those of the machine and of what else ran on it at the time (see provenance)."
     )
-    heads = ("method", "runs", "trained (M)", "step (ms)", "tokens/s", "peak memory (GiB)", "training (s)")
+    heads = ("method", "runs", "trained (M)")
+    heads += tuple(head for _, _, _, head, timed in COSTS if not (timed and problem))
     return Table(f"cost{suffix}", "Cost", caption, heads, tuple(rows))
 
 

@@ -12,7 +12,7 @@ from graphlora.report.names import file_name
 from graphlora.report.page import html_page
 from graphlora.report.plotting import Picture, rendered
 from graphlora.report.reading import StudyRuns
-from graphlora.report.section import Section, study_section
+from graphlora.report.section import GAPS, NO_GAPS, Section, study_section
 
 FORMATS = ("html", "md", "latex", "png", "svg")
 
@@ -94,7 +94,7 @@ def markdown_page(
             lines += [picture.caption, ""]
         for table in others:
             lines += [f"### {table.title}", "", table.markdown()]
-        lines += ["### What is missing", "", *(f"- {item}" for item in section.missing or ("Nothing.",)), ""]
+        lines += [f"### {GAPS}", "", *(f"- {item}" for item in section.missing or (NO_GAPS,)), ""]
         lines += ["### Provenance", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {value.replace('|', ' ')} |" for name, value in section.provenance]
         lines.append("")

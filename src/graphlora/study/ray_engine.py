@@ -13,7 +13,7 @@ from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord
 from graphlora.study.claims import claim, refreshed
 from graphlora.study.plan import Run
-from graphlora.study.records import StudyFolder
+from graphlora.study.records import StudyFolder, shared
 from graphlora.study.runner import Progress, StudyInterrupted, prepare
 from graphlora.study.worker import FAILURES, Tell
 
@@ -78,7 +78,7 @@ class _Submission:
     def __init__(
         self, ray: Any, runs: Sequence[Run], folder: StudyFolder, workers: int, tell: Progress
     ) -> None:
-        self._ray, self._folder, self._tell = ray, folder, tell
+        self._ray, self._folder, self._tell, self._workers = ray, folder, tell, workers
         gpus = int(ray.cluster_resources().get("GPU", 0))
         nodes = sum(node["Alive"] for node in ray.nodes())
         self._slots = workers * (gpus or nodes)
@@ -127,7 +127,7 @@ class _Submission:
                 self._tell(f"failed {run.title}: {error}")
                 return
             record = RunRecord.from_json(text)
-            self._folder.finish(run, record)
+            self._folder.finish(run, shared(record, self._workers))
             score = record.metrics.get("score")
             self._tell(f"done {run.title}{'' if score is None else f': {run.metric} {score:.4f}'}")
 

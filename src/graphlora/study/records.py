@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graphlora.errors import GraphLoraError
-from graphlora.records import RunRecord
+from graphlora.records import WORKERS, RunRecord
 from graphlora.study.claims import Owner, claimed
 from graphlora.study.plan import Run
 
@@ -90,6 +90,14 @@ class StudyFolder:
     def running(self) -> dict[str, Owner | None]:
         """Runs that a living process does now."""
         return claimed(self.path)
+
+
+def shared(record: RunRecord, workers: int) -> RunRecord:
+    """The record with the number of worker processes that its study had on the device.
+
+    Speed and time compare only between runs that had a device alone. What other commands ran there is not known.
+    """
+    return replace(record, provenance={**record.provenance, WORKERS: workers})
 
 
 def study_folder(results: str | Path | None, study: str) -> StudyFolder:

@@ -157,7 +157,9 @@ class Pool:
             KeyboardInterrupt: Ctrl-C or SIGTERM; all workers have ended.
         """
         try:
-            for place in self._places[: max(1, self._missing())]:
+            # No more workers than runs: the rest of the places stay empty.
+            self._places = self._places[: max(1, self._missing())]
+            for place in self._places:
                 self._start(place)
             while self._workers:
                 self._say(0.2)
@@ -191,7 +193,11 @@ class Pool:
             )
         assert process.stdin is not None
         assert process.stdout is not None
-        words = {"runs": [run.to_dict() for run in self._runs], "folder": str(self._folder.path.resolve())}
+        words = {
+            "runs": [run.to_dict() for run in self._runs],
+            "folder": str(self._folder.path.resolve()),
+            "workers": self._places.count(place),
+        }
         try:
             process.stdin.write(json.dumps(words) + "\n")
             process.stdin.flush()
@@ -201,8 +207,9 @@ class Pool:
         self._workers.append(_Worker(place, process, log))
 
     def _listen(self, lines: IO[str]) -> None:
-        for line in lines:
-            self._lines.put(line.rstrip("\n"))
+        with lines:
+            for line in lines:
+                self._lines.put(line.rstrip("\n"))
 
     def _say(self, timeout: float) -> None:
         try:
@@ -215,6 +222,8 @@ class Pool:
     def _ended(self, worker: _Worker) -> None:
         """Replace a worker that died; a run that it died in too often has failed."""
         code = worker.process.returncode
+        if worker.process.stdin is not None:
+            worker.process.stdin.close()
         if code == 0:
             worker.log.unlink(missing_ok=True)
             return

@@ -15,7 +15,7 @@ from types import FrameType
 
 from graphlora.study.claims import Claim, claim, refreshed
 from graphlora.study.plan import Run
-from graphlora.study.records import StudyFolder
+from graphlora.study.records import StudyFolder, shared
 
 Tell = Callable[[str], None]
 INTERRUPTED = 130
@@ -25,13 +25,14 @@ BROKEN_DEVICE = 71
 FAILURES = (ValueError, RuntimeError, OSError, MemoryError, ArithmeticError)
 
 
-def work(runs: Sequence[Run], folder: StudyFolder, tell: Tell) -> bool:
+def work(runs: Sequence[Run], folder: StudyFolder, tell: Tell, workers: int = 1) -> bool:
     """Do the runs that are missing, have not failed, and that no other worker has, in their order.
 
     Args:
         runs: Runs of the study.
         folder: Where records go.
         tell: Takes one line per run.
+        workers: Processes of this study on the device, this one among them; the records say so.
 
     Returns:
         Whether the device still works; if not, a new process has to go on.
@@ -57,12 +58,12 @@ def work(runs: Sequence[Run], folder: StudyFolder, tell: Tell) -> bool:
                 if folder.is_done(run) or folder.has_failed(run):
                     continue
                 took_one = True
-                if not _do(run, folder, taken, workbench, tell):
+                if not _do(run, folder, taken, workbench, tell, workers):
                     return False
     return True
 
 
-def _do(run: Run, folder: StudyFolder, taken: Claim, workbench: object, tell: Tell) -> bool:
+def _do(run: Run, folder: StudyFolder, taken: Claim, workbench: object, tell: Tell, workers: int) -> bool:
     """One run to its record, or to the record of its failure; whether the device still works."""
     from graphlora.study.execute import execute
     from graphlora.study.kept import KeptWorkbench
@@ -76,7 +77,7 @@ def _do(run: Run, folder: StudyFolder, taken: Claim, workbench: object, tell: Te
         folder.fail(run, line)
         tell(f"failed {run.title}: {line}")
         return "CUDA error" not in str(error)
-    folder.finish(run, record)
+    folder.finish(run, shared(record, workers))
     score = record.metrics.get("score")
     shown = "" if score is None else f"{run.metric} {score:.4f}, "
     tell(f"done {run.title}: {shown}{record.wall_time or 0:.0f} s")
@@ -114,7 +115,7 @@ def stop_with_parent() -> None:
 
 
 def main() -> int:
-    """Read `{"runs": [...], "folder": ...}` from the first line of standard input and work."""
+    """Read `{"runs": [...], "folder": ..., "workers": ...}` from the first line of standard input and work."""
     values = json.loads(sys.stdin.readline())
     stop_with_parent()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -126,7 +127,7 @@ def main() -> int:
 
     try:
         with terminable():
-            works = work(runs, StudyFolder(Path(values["folder"])), tell)
+            works = work(runs, StudyFolder(Path(values["folder"])), tell, values["workers"])
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0 if works else BROKEN_DEVICE
