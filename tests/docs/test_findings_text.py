@@ -10,6 +10,7 @@ from findings import (
     differences,
     mean_by_seed,
     numbers_of,
+    over_averages,
     overlaps,
     records_of,
     routers,
@@ -19,8 +20,11 @@ from findings import (
 
 from graphlora.report.aggregate import stability
 from graphlora.report.inference import holm, summarize
+from graphlora.report.names import AVERAGE
 
 TABLE, MORE, FRESH = "table1_small", "table1_small_more", "graph_small"
+ABLATIONS = ("graphlora_no_graph", "graphlora_no_poisson", "graphlora_no_normal")
+PLANNED = ("lora", "lora_matched", "mixlora", *ABLATIONS)
 
 
 def average(study, variant):
@@ -30,12 +34,6 @@ def average(study, variant):
 def on_task(study, variant, task):
     (found,) = (c for c in compared(study)[0] if (c.variant, c.column) == (variant, task))
     return found
-
-
-def of_averages(study):
-    """p values corrected over the averages alone."""
-    found = compared(study)[1]
-    return dict(zip(found, holm([c.t_p for c in found.values()]), strict=True))
 
 
 def ten_seeds(variant):
@@ -56,47 +54,75 @@ def test_the_numbers_of_tests_are_those_of_the_reports():
     ):
         part = PAGE.split(f"`results/{study}`")[1]
         assert_said(text, len(compared(study)[0]), page=part)
-    matched = average(TABLE, "lora_matched").holm_p
-    assert_said("`table1_small` has {}; before", 4 * 13)
-    assert_said("corrected p of {}, 0.068 and 0.051", matched)
-    values = of_averages(TABLE)
-    assert_said("Over the {} averages of today alone", len(values))
-    assert_said("alone it would be {}, a win over GraphLoRA", values["lora_matched"])
-    assert_said("and LoRAMoE's {}, a loss to it", values["loramoe"])
+    assert_said(
+        "over its three averages plain LoRA of equal size has {})", over_averages(FRESH)["lora_matched"]
+    )
+
+
+def test_both_counts_of_tests_as_methods_joined():
+    presets = (*PLANNED, "graphlora_paper", "graphlora_released")
+    for label, variants in (
+        ("the six that were planned", PLANNED),
+        ("with two presets", presets),
+        ("with five other methods, as below", tuple(compared(TABLE)[1])),
+    ):
+        tests = [c for c in compared(TABLE)[0] if c.variant in variants]
+        p = dict(zip([(c.variant, c.column) for c in tests], holm([c.t_p for c in tests]), strict=True))
+        averages = over_averages(TABLE, variants)
+        told = (len(tests), p["lora_matched", AVERAGE], len(averages), averages["lora_matched"])
+        assert_said(f"| {label} | {{}}, {{}} | {{}}, {{}} |", *told)
 
 
 def test_plain_lora_of_equal_size():
-    found = [average(study, "lora_matched").difference.mean for study in (TABLE, MORE, FRESH)]
-    assert_said("({}, {} and {} points); none of the three holds", *found)
-    easy, challenge = (
-        on_task(TABLE, "lora_matched", "arc_easy"),
-        on_task(MORE, "lora_matched", "arc_challenge"),
-    )
-    assert_said("a lead of {} points on ARC-Challenge", challenge.difference.mean)
-    first = average(TABLE, "lora_matched")
-    assert_said("win over it: {} points on average (corrected p {})", first.difference.mean, first.holm_p)
-    size = easy.difference
-    assert_said(
-        "ARC-Easy ({}, interval {} to {}, corrected p {})", size.mean, size.low, size.high, easy.holm_p
-    )
+    first, more, fresh = (average(study, "lora_matched") for study in (TABLE, MORE, FRESH))
+    low = over_averages(TABLE)["lora_matched"]
+    assert low < 0.05 < first.holm_p
+    assert_said("wins by {} points if the averages alone are counted**", first.difference.mean)
+    assert_said("(corrected p {}; over the {} tests of", low, len(compared(TABLE)[0]))
+    assert_said("tasks and averages {}, a tie)", first.holm_p)
+    assert_said("seeds, where it was {} with p {}.", fresh.difference.mean, fresh.t_p)
+    assert_said("On the two further tasks it was {}, a tie", more.difference.mean)
+    challenge = on_task(MORE, "lora_matched", "arc_challenge")
+    assert_said("a tie, with a win of {} points on ARC-Challenge", challenge.difference.mean)
+    size = first.difference
+    assert_said("That win is {} points on average ({} to {}, corrected", size.mean, size.low, size.high)
+    assert_said("corrected p {} over the {} averages)", low, 13)
+    assert_said("a tie over all {} tests ({})", len(compared(TABLE)[0]), first.holm_p)
+    easy = on_task(TABLE, "lora_matched", "arc_easy")
+    told = (easy.difference.mean, easy.difference.low, easy.difference.high, easy.holm_p)
+    assert_said("ARC-Easy ({}, interval {} to {}, corrected p {} over all tests)", *told)
+    assert all(on_task(TABLE, "lora_matched", task).difference.mean < 0 for task in ("boolq", "social_iqa"))
+    assert_said("not-confirmed): {}, p {}.", fresh.difference.mean, fresh.t_p)
     size = challenge.difference
     told = (size.mean, size.low, size.high, challenge.holm_p)
     assert_said("wins over GraphLoRA: {} points ({} to {}, corrected p {})", *told)
 
 
+def test_plain_lora_of_a_third_of_the_size_ties_on_every_task():
+    for study in (TABLE, MORE, FRESH):
+        assert all(c.holm_p > 0.05 for c in compared(study)[0] if c.variant == "lora")
+        assert over_averages(study)["lora"] > 0.05
+
+
 def test_the_other_methods():
-    found = {v: (-c.difference.mean, c.holm_p) for v, c in compared(TABLE)[1].items()}
-    assert_said("by {} points (corrected p {})", *found["hydralora"])
-    assert_said("constraint: GraphLoRA wins**, by {} ({})", *found["loramoe_no_constraint"])
-    assert_said("as large, {} points (corrected p {})", *found["loramoe"])
-    assert_said("({} points below, the interval below zero, corrected p {})", *found["mola"])
+    averages = over_averages(TABLE)
+    found = {v: (-c.difference.mean, c.holm_p, averages[v]) for v, c in compared(TABLE)[1].items()}
+    assert_said("by {} points (corrected p {} over all tests, {} over the averages)", *found["hydralora"])
+    assert_said("GraphLoRA wins**, by {} ({} and {})", *found["loramoe_no_constraint"])
+    size, of_all, alone = found["loramoe"]
+    assert_said("by {} points ({}); over all tests it is a tie ({})", size, alone, of_all)
+    assert_said("({} points below, the interval below zero, corrected p {} and {})", *found["mola"])
     assert_said("({} below, the interval holds zero)", found["ming_moe"][0])
+    counts = [found[name][at] for at in (1, 2) for name in ("graphlora_paper", "graphlora_released")]
+    assert_said("by either count ({} and {}; {} and {})", *counts)
+    assert all(p < 0.05 for p in found["hydralora"][1:] + found["loramoe_no_constraint"][1:])
     mola, ming_moe = (average(TABLE, variant).difference for variant in ("mola", "ming_moe"))
     assert mola.high < 0 < ming_moe.high
     records = records_of(TABLE)
     lora = mean_by_seed(records["lora"])
     beaten = [
-        summarize(differences(mean_by_seed(records[v]), lora)) for v in ("hydralora", "loramoe_no_constraint")
+        summarize(differences(mean_by_seed(records[v]), lora))
+        for v in ("hydralora", "loramoe", "loramoe_no_constraint")
     ]
     assert all(one.high < -0.7 for one in beaten), "as far below plain LoRA"
 
@@ -140,7 +166,7 @@ def test_two_more_tasks():
     mixlora = average(MORE, "mixlora")
     assert_said("MixLoRA is {} points below", -mixlora.difference.mean)
     assert_said("counts {} tests ({}), a win", len(compared(MORE)[0]), mixlora.holm_p)
-    assert_said("averages alone are counted ({}).", of_averages(MORE)["mixlora"])
+    assert_said("averages alone are counted ({}).", over_averages(MORE)["mixlora"])
     graph = average(MORE, "graphlora_no_graph").difference
     assert_said("The graph: a tie** ({} points; {} to {})", -graph.mean, -graph.high, -graph.low)
     with_it, without = (overlaps(records_of(MORE)[v]) for v in ("graphlora", "graphlora_no_poisson"))
@@ -193,11 +219,17 @@ def test_the_readme_and_the_deviations():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     told = (means["base"], min(trained), max(trained))
     assert_said("from {}% to between {}% and {}%", *told, page=page)
-    assert_said("ties** with plain LoRA ({} and {})", means["graphlora"], means["lora"], page=page)
-    told = (means["lora_matched"], means["mixlora"])
-    assert_said("of its own size ({}), with MixLoRA ({})", *told, page=page)
+    told = (means["graphlora"], means["lora"], means["mixlora"])
+    assert_said("plain LoRA of a third of its size ({} and {}), with MixLoRA ({})", *told, page=page)
+    first, fresh = (average(study, "lora_matched") for study in (TABLE, FRESH))
+    told = (means["lora_matched"], first.difference.mean)
+    assert_said("own size ({}) wins** by {} points if the averages", *told, page=page)
+    told = (over_averages(TABLE)["lora_matched"], len(compared(TABLE)[0]), first.holm_p)
+    assert_said("(corrected p {}; over all {} tests {}, a tie)", *told, page=page)
+    assert_said("where it was {} with p {}.", fresh.difference.mean, fresh.t_p, page=page)
     told = (means["hydralora"], means["loramoe_no_constraint"])
     assert_said("above HydraLoRA ({}) and LoRAMoE without its constraint ({})", *told, page=page)
+    assert_said("alone above LoRAMoE too ({})", means["loramoe"], page=page)
     assert_said("loss is worth {} points", -average(MORE, "graphlora_no_normal").difference.mean, page=page)
     challenge = on_task(MORE, "lora_matched", "arc_challenge").difference.mean
     assert_said("is {} points above it on ARC-Challenge", challenge, page=page)

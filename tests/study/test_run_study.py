@@ -159,11 +159,13 @@ def test_plan_and_status_count(finished, study_values, tmp_path):
     assert {status.estimates[run.run_id].source for run in status.runs} == {"records"}
     text = plan_text(more, status, folder, 2)
     assert "2 of 7 runs are missing" in text
-    assert "with 2 workers" in text
+    assert "with 2 workers on a CPU" in text
     assert "rule of thumb" not in text
     elsewhere = StudyFolder(tmp_path / "other")
     status = find_status(runs, elsewhere, on_gpu=False)
-    assert "by rule of thumb: 6 operations" in plan_text(spec, status, elsewhere, 1)
+    text = plan_text(spec, status, elsewhere, 1)
+    assert "by rule of thumb: 6 operations" in text
+    assert "with 1 worker on a CPU of this machine\n" in text
 
 
 def test_a_broken_record_is_named(finished, tmp_path):

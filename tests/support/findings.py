@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from graphlora.report.aggregate import aggregate
+from graphlora.report.inference import holm
 from graphlora.report.names import AVERAGE
 from graphlora.report.reading import read_studies
 
@@ -85,6 +86,13 @@ def compared(study):
     """The report's comparisons of a study: all, and those over the average of the tasks by method."""
     comparisons = numbers_of(study).comparisons
     return comparisons, {c.variant: c for c in comparisons if c.column == AVERAGE}
+
+
+@cache
+def over_averages(study, variants=None):
+    """p values of a study's averages, corrected over these averages alone; of some methods if they are named."""
+    found = {v: c for v, c in compared(study)[1].items() if variants is None or v in variants}
+    return dict(zip(found, holm([c.t_p for c in found.values()]), strict=True))
 
 
 def assert_difference(cell, summary):

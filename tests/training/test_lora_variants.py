@@ -1,12 +1,17 @@
-"""LoRA and the variants that PEFT has, asked for by a recipe: formula, training, files, generation."""
+"""LoRA and its variants, PEFT's and the optimizer's, asked for by a recipe: formula, training, files, generation."""
 
 import pytest
 import torch
 from peft import PeftModel
 from tiny_llama import make_base, make_batch, wake
+from transformers import TrainingArguments
 
 from graphlora.training.adapting import add_adapter
+from graphlora.training.loading import load_base_model, load_tokenizer
 from graphlora.training.recipe import Recipe
+from graphlora.training.run_data import load_data
+from graphlora.training.trainer import AdapterTrainer
+from graphlora.training.trainer_setup import make_trainer
 
 R, ALPHA = 4, 6.0
 VARIANTS = {
@@ -14,6 +19,7 @@ VARIANTS = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
     "dora_and_rslora": {"use_dora": True, "use_rslora": True},
+    "loraplus": {"loraplus_lr_ratio": 4.0},
 }
 
 
@@ -21,6 +27,15 @@ def adapted(**options):
     torch.manual_seed(0)
     recipe = Recipe(model="m", task="quiz", output_dir="o", method="lora", r=R, lora_alpha=ALPHA, **options)
     return add_adapter(make_base(), recipe).eval()
+
+
+def optimizer_of(model, place, loraplus_lr_ratio=None, **_):
+    """AdamW as the trainer makes it: LoRA+ is in no weight, only in the rates."""
+    arguments = TrainingArguments(str(place), learning_rate=2e-2, use_cpu=True, report_to="none")
+    trainer = AdapterTrainer(
+        model, arguments, tokenizer=None, validation={}, loraplus_lr_ratio=loraplus_lr_ratio
+    )
+    return trainer.create_optimizer()
 
 
 @torch.no_grad()
@@ -51,7 +66,8 @@ def test_a_variant_trains_saves_loads_generates_and_can_be_disabled(variant, tmp
     expected = logits(make_base().eval(), batch)
     model = adapted(**VARIANTS[variant])
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-5)
-    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=2e-2)
+    optimizer = optimizer_of(model.train(), tmp_path / "trainer", **VARIANTS[variant])
+    assert len({group["lr"] for group in optimizer.param_groups}) == (2 if variant == "loraplus" else 1)
     losses = []
     for _ in range(20):
         loss = model(**batch).loss
@@ -68,3 +84,24 @@ def test_a_variant_trains_saves_loads_generates_and_can_be_disabled(variant, tmp
     assert torch.equal(*made)
     with model.disable_adapter():
         assert torch.equal(logits(model, batch), expected)
+
+
+def test_loraplus_moves_b_by_its_ratio(tiny_recipe):
+    """Adam's first step is as long as the rate, whatever the gradient; A has no gradient yet, since B is zero."""
+
+    def stepped(ratio):
+        recipe = Recipe.from_dict(
+            tiny_recipe
+            | {"max_steps": 1, "warmup_ratio": 0.0, "eval_strategy": "no", "loraplus_lr_ratio": ratio}
+        )
+        tokenizer = load_tokenizer(recipe.model)
+        model = add_adapter(load_base_model(recipe.model, torch.float32), recipe)
+        make_trainer(recipe, model, tokenizer, load_data(recipe, tokenizer), torch.float32).train()
+        return {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
+
+    torch.manual_seed(0)
+    plain = stepped(None)
+    torch.manual_seed(0)
+    for name, weight in stepped(4.0).items():
+        assert plain[name].any(), name
+        torch.testing.assert_close(weight, 4 * plain[name], rtol=1e-3, atol=1e-6, msg=name)

@@ -13,11 +13,13 @@ from graphlora.tuner.layer import GraphLoraLayer, GraphLoraLinear
 from graphlora.tuner.presets import PRESETS
 from graphlora.tuner.projection import GraphLoraProjection
 
-METHODS = [name for name in PRESETS if name not in ("graphlora", "paper", "released")]
-PER_PROJECTION = [name for name in METHODS if name != "mixlora"]
+# Without a self term two experts with the same neighbors cannot be told apart, which the adapter says.
+pytestmark = pytest.mark.filterwarnings("ignore:.*expert graphs hold twins")
+GRAPH = ("graphlora", "paper", "released")
+PER_PROJECTION = [name for name in PRESETS if name not in (*GRAPH, "mixlora")]
 EVERYWHERE = ("mola", "ld_mole")  # on attention too
 VARIANTS = {
-    **{name: {"preset": name} for name in METHODS},
+    **{name: {"preset": name} for name in PRESETS},
     "loramoe_without_constraint": {"preset": "loramoe", "router_aux_loss_coef": 0.0},
     "mola_with_balance": {"preset": "mola", "router_aux_loss_coef": 0.001},
     "ld_mole_with_sparsity": {"preset": "ld_mole", "router_sparsity_loss_coef": 0.1},
@@ -132,14 +134,14 @@ def test_a_block_of_mixlora_computes_the_formula(make):
 
 
 def test_where_each_method_sits(make):
-    for method in METHODS:
+    for method in PRESETS:
         model = make(preset=method)
         names = {name.rpartition(".")[2] for name in projections(model)}
         ffn, attention = {"gate_proj", "up_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
-        expected = set() if method == "mixlora" else ffn | attention if method in EVERYWHERE else ffn
+        expected = ffn | attention if method in EVERYWHERE else ffn if method in PER_PROJECTION else set()
         assert names == expected, method
         plain = {m.block_name.rpartition(".")[2] for m in model.modules() if isinstance(m, GraphLoraLinear)}
-        assert plain == (attention if method == "mixlora" else set()), method
+        assert plain == (attention if method in ("mixlora", "graphlora", "released") else set()), method
 
 
 def test_layers_of_mola_have_more_experts_the_higher_they_are(make):
@@ -271,12 +273,11 @@ def test_a_method_trains_saves_loads_and_generates(make, tmp_path, variant):
     assert torch.equal(*made)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRESETS)
 def test_every_trained_weight_gets_a_gradient_and_padding_none(make, method):
-    model = make(preset=method, lora_dropout=0.0).train()
-
     def gradients(batch):
-        model.zero_grad()
+        """Of a model of its own: cumulative loads would remember the batch before."""
+        model = make(preset=method, lora_dropout=0.0).train()
         model(**batch).loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -297,7 +298,7 @@ def test_the_loop_over_experts_gives_the_same(make, method):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRESETS)
 def test_half_precision_bases_keep_float32_routing(method):
     base = make_base().to(torch.bfloat16)
     model = get_peft_model(base, GraphLoraConfig(preset=method, **{**SMALL, "lora_dropout": 0.0})).train()

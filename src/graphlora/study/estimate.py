@@ -34,11 +34,13 @@ class Estimate:
         seconds: Time.
         memory: Peak memory in bytes; `None` where nothing tells it.
         source: `"records"` or `"rule"`.
+        device: Where it takes that long: the records' device, or what the rule stands for.
     """
 
     seconds: float
     memory: float | None
     source: str
+    device: str
 
 
 class Estimator:
@@ -46,20 +48,22 @@ class Estimator:
 
     def __init__(self, runs: Sequence[Run], records: dict[str, RunRecord], on_gpu: bool) -> None:
         self._on_gpu = on_gpu
-        self._times: dict[tuple[str, ...], list[tuple[float, float | None]]] = defaultdict(list)
+        self._times: dict[tuple[str, ...], list[tuple[float, float | None, str]]] = defaultdict(list)
         for run in runs:
             record = records.get(run.run_id)
             if record is not None and record.wall_time is not None:
                 memory = record.metrics.get("peak_reserved") or record.peak_memory
+                device = _device(record.device)
                 for key in _keys(run):
-                    self._times[key].append((record.wall_time, memory))
+                    self._times[key].append((record.wall_time, memory, device))
 
     def __call__(self, run: Run) -> Estimate:
         """Cost of a run: that of like runs (same variant; else any variant) on the same model and task."""
         for key in _keys(run):
             if found := self._times.get(key):
-                memories = [memory for _, memory in found if memory is not None]
-                return Estimate(median(t for t, _ in found), max(memories, default=None), "records")
+                times, memories, devices = zip(*found, strict=True)
+                memory = max((each for each in memories if each is not None), default=None)
+                return Estimate(median(times), memory, "records", " or ".join(sorted(set(devices))))
         return self._by_rule(run)
 
     def _by_rule(self, run: Run) -> Estimate:
@@ -82,7 +86,8 @@ class Estimator:
             work += 2.0 * size.parameters * times * scored
         batch = recipe.per_device_train_batch_size * (recipe.max_length or 2 * TOKENS_PER_ROW)
         memory = size.parameters * (2 if self._on_gpu else 4) + BYTES_PER_VALUE * batch * size.layer_values
-        return Estimate(PER_RUN + PER_STEP * steps + work / speed, memory, "rule")
+        device = f"a {'GPU' if self._on_gpu else 'CPU'} of this machine"
+        return Estimate(PER_RUN + PER_STEP * steps + work / speed, memory, "rule", device)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,11 @@ def model_size(name: str) -> ModelSize:
     if found:
         parameters = float(found.group(1)) * (1e9 if found.group(2).upper() == "B" else 1e6)
     return ModelSize(parameters, values or 1.5 * parameters**0.5)
+
+
+def _device(name: str | None) -> str:
+    """How a record's device is said."""
+    return "a CPU" if name is None or name == "cpu" else name
 
 
 def _keys(run: Run) -> list[tuple[str, ...]]:

@@ -90,9 +90,10 @@ def plan_text(spec: StudySpec, status: Status, folder: StudyFolder, slots: int) 
             [*lines, f"all {len(status.runs)} runs are done or failed; see: graphlora study report"]
         )
     sources = {status.estimates[run.run_id].source for run in missing}
+    devices = sorted({status.estimates[run.run_id].device for run in missing})
     lines.append(
         f"{len(missing)} of {len(status.runs)} runs are missing: about {duration(status.seconds_left(slots))} "
-        f"with {slots} worker{'s' if slots > 1 else ''}"
+        f"with {slots} worker{'s' if slots > 1 else ''} on {' and '.join(devices)}"
     )
     if "rule" in sources:
         lines.append(f"where no record tells, by rule of thumb: {RULE}")
