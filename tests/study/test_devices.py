@@ -8,19 +8,19 @@ import pytest
 
 from graphlora.cli.main import main
 from graphlora.study import runner
+from graphlora.study.worker import BROKEN_DEVICE
 
 # In place of a worker: says what it sees, and leaves the runs to others. The first on device 5 breaks its device.
 WORKER = """
 import os, sys
 from pathlib import Path
-from graphlora.study.worker import BROKEN_DEVICE
 sys.stdin.readline()
 device = os.environ["CUDA_VISIBLE_DEVICES"]
 print(f"device {device!r}", flush=True)
 broken = Path(sys.argv[1])
 if device == "5" and not broken.exists():
     broken.touch()
-    sys.exit(BROKEN_DEVICE)
+    sys.exit(int(sys.argv[2]))
 """
 
 
@@ -31,7 +31,7 @@ def told(monkeypatch, tmp_path, study_file, capsys):
 
     def instead(words, **options):
         assert words == [sys.executable, "-m", "graphlora.study.worker"]
-        return start([sys.executable, "-c", WORKER, str(tmp_path / "broken")], **options)
+        return start([sys.executable, "-c", WORKER, str(tmp_path / "broken"), str(BROKEN_DEVICE)], **options)
 
     monkeypatch.setattr(runner.subprocess, "Popen", instead)
 
