@@ -204,6 +204,7 @@ def undisturbed_and_killed(
             found.append((_what_it_hit(child, runs, killed, log), following))
             print(f"killed: {found[-1][0]}", flush=True)
     os.waitpid(_fork(runs, killed, logs[-1]), 0)
+    gc.unfreeze()
     return [replace(kill, resumed_from=_steps(log)[0][2]) for kill, log in found]
 
 
