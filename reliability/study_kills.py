@@ -62,7 +62,7 @@ class Kill:
     Attributes:
         records: Records that were there.
         variants: Variants of the runs that the process had claimed.
-        step: Last step that it had done of its last run.
+        step: Last step that it had done of them.
         resumed_from: Step that the process after it went on from; 0 where it began a run.
     """
 
@@ -275,11 +275,11 @@ def _wait_for_step(step: int, child: int, runs: Sequence[Run], folder: StudyFold
 
 def _what_it_hit(child: int, runs: Sequence[Run], folder: StudyFolder, log: Path) -> Kill:
     variants = {run.run_id: run.variant for run in runs}
-    lines = _steps(log)
+    held = claims_of(folder.path, child)
     return Kill(
         records=sum(folder.is_done(run) for run in runs),
-        variants=[variants[run_id] for run_id in claims_of(folder.path, child)],
-        step=lines[-1][2] if lines else 0,
+        variants=[variants[run_id] for run_id in held],
+        step=max((at for run_id, _, at in _steps(log) if run_id in held), default=0),
     )
 
 
