@@ -202,7 +202,7 @@ def undisturbed_and_killed(
         os.kill(child, signal.SIGKILL)
         if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
             found.append((_what_it_hit(child, runs, killed, log), following))
-            print(f"killed: {found[-1][0]}", flush=True)
+            print(f"killed at step {found[-1][0].step} of {found[-1][0].variants}", flush=True)
     os.waitpid(_fork(runs, killed, logs[-1]), 0)
     gc.unfreeze()
     return [replace(kill, resumed_from=_steps(log)[0][2]) for kill, log in found]
