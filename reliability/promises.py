@@ -56,8 +56,9 @@ PROMISES = (
         CRASH,
         "study_kills_gpu",
         "A study killed on a GPU ends with the same runs, with scores within the spread of seeds.",
-        by_hand="python -m reliability.study_kills --device cuda --model PATH --data_dir DIR --longest 30",
+        by_hand="python -m reliability.study_kills --device cuda --model PATH --data_dir DIR",
     ),
+    Promise(CRASH, "study_ray", "A study on a Ray cluster that loses a worker ends with the same records."),
     Promise(
         CRASH, "disasters", "A full disk, lost data and SIGTERM end in a message and a usable checkpoint."
     ),

@@ -1,13 +1,19 @@
 """SIGKILL at random moments of a study: started again, it ends with the records of an undisturbed one.
 
+The kills spread over the whole study: of ten, the third falls at a random step of the third tenth of all steps, and at
+a random moment after it, within the time that the undisturbed study took for a step on the average.
+
 On a CPU every number of a record but time, memory and host must be equal. On a GPU, with a real model, the runs must be
 the same and every score within the spread of the seeds:
-`python -m reliability.study_kills --device cuda --model PATH --data_dir DIR --longest 20`.
+`python -m reliability.study_kills --device cuda --model PATH --data_dir DIR`.
+The GPU's first record was made when kills were drawn by seconds after the start, up to `--longest`; now that bounds the
+moment after a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -16,17 +22,24 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from graphlora.records import RunRecord
-from graphlora.study.plan import make_runs
-from graphlora.study.records import study_folder
+from graphlora.study.claims import claims_of
+from graphlora.study.kept import KeptWorkbench
+from graphlora.study.plan import Run, make_runs
+from graphlora.study.records import StudyFolder, study_folder
 from graphlora.study.runner import run_study
-from graphlora.study.spec import Overrides, load_spec
+from graphlora.study.spec import BASE, Overrides, load_spec
+from graphlora.training.trainer import AdapterTrainer
 from reliability.record import write_record
 from reliability.tiny import choice_rows, make_model, write_rows
 
@@ -39,13 +52,31 @@ TEST = "tests/study/test_kill.py::test_ten_kills_leave_the_same_records"
 TIMES = ("step_time", "tokens_per_second", "train_seconds")
 MACHINE = ("created", "wall_time", "peak_memory", "provenance")
 SEED = 7
+POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill.
+
+    Attributes:
+        records: Records that were there.
+        variants: Variants of the runs that the process had claimed.
+        step: Last step that it had done of them.
+        resumed_from: Step that the process after it went on from; 0 where it began a run.
+    """
+
+    records: int
+    variants: list[str]
+    step: int
+    resumed_from: int = 0
 
 
 def main() -> int:
     """Runs the study undisturbed and killed, and writes the record."""
     parser = argparse.ArgumentParser(prog="python -m reliability.study_kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--longest", type=float, default=1.5, help="seconds until a kill, at most")
+    parser.add_argument("--longest", type=float, default=30.0, help="seconds after a step, at most")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", help="base model; left out: a tiny random one")
     parser.add_argument("--data_dir", help="folder with ARC's files, for a real model")
@@ -55,12 +86,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         study = _real_study(folder, options) if options.model else tiny_study(folder)
-        counts = undisturbed_and_killed(study, folder, options.kills, options.longest, options.data_dir)
+        kills = undisturbed_and_killed(study, folder, options.kills, options.longest, options.data_dir)
         first, second = (records(place) for place in (folder / "undisturbed", folder / "killed"))
         left = [path.name for place in ("claims", ".work") for path in folder.glob(f"killed/*/{place}/*")]
-    values = compare(first, second) | {"records_at_kills": counts, "left_behind": left}
+    values: dict[str, Any] = compare(first, second) | summarize(kills) | {"left_behind": left}
+    hit = ", ".join(f"{count} in {name}" for name, count in values["killed_variants"].items())
     figure = (
-        f"{len(counts)} kills, {values['runs']} runs, {'the same' if values['same_runs'] else 'OTHER'} ones; "
+        f"{len(kills)} kills ({hit}) at {kills[0].records} to {kills[-1].records} records, {values['resumed']} runs "
+        f"went on from a checkpoint; {values['runs']} runs, {'the same' if values['same_runs'] else 'OTHER'} ones; "
         f"{values['differing']} records differ, scores by {values['largest_difference']:.4f} at most "
         f"(standard deviation over seeds {values['spread']:.4f})"
     )
@@ -73,16 +106,17 @@ def main() -> int:
         machine = torch.cuda.get_device_name()
     name = "study_kills_gpu" if on_gpu else "study_kills"
     print(write_record(name, PROMISE, TEST, figure, values, machine=machine))
-    whole = values["same_runs"] and not left
+    whole = values["same_runs"] and not left and len(kills) == options.kills
     close = values["largest_difference"] <= values["spread"] if on_gpu else not values["differing"]
     return 0 if whole and close else 1
 
 
 def tiny_study(folder: Path) -> Path:
-    """A study of two methods and two seeds on a random model; a run takes about a second, so kills fall into it."""
-    rows = choice_rows(50)
+    """A study of two methods and two seeds on a random model; a run takes seconds, and scores differ between runs."""
+    rows = choice_rows(60)
     for position, row in enumerate(rows):
-        row["split"] = "test" if position % 5 == 0 else "train"
+        # Three shares no factor with the ten things, so that what is asked has been seen.
+        row["split"] = "test" if position % 3 == 0 else "train"
     policy = {
         "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "dtype": "float32", "learning_rate": 1e-2, "max_steps": 24,
         "eval_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4, "training_args": {"use_cpu": True},
@@ -106,7 +140,7 @@ def tiny_study(folder: Path) -> Path:
 def _real_study(folder: Path, options: argparse.Namespace) -> Path:
     policy = {
         "scoring": "cloze", "train_limit": 1000, "eval_limit": 100, "limit_seed": 0, "learning_rate": 1e-3,
-        "lora_dropout": 0.0, "per_device_train_batch_size": 32, "logging_steps": 5, "max_steps": 30, "eval_steps": 15,
+        "lora_dropout": 0.0, "per_device_train_batch_size": 32, "logging_steps": 5, "max_steps": 30, "eval_steps": 5,
         "eval_strategy": "steps", "truncation": "prompt",
     }  # fmt: skip
     return _write(
@@ -133,38 +167,127 @@ def _write(folder: Path, values: dict[str, Any]) -> Path:
 
 def undisturbed_and_killed(
     study: Path, folder: Path, kills: int, longest: float, data_dir: str | None = None
-) -> list[int]:
-    """The study in `folder/undisturbed`, and in `folder/killed` with that many kills; the records at each kill.
+) -> list[Kill]:
+    """The study in `folder/undisturbed`, and in `folder/killed` with that many kills.
 
     The processes are forks of this one, which has loaded the libraries and computed nothing.
+
+    Args:
+        study: Its file.
+        folder: Where everything goes.
+        kills: Their number.
+        longest: Seconds that a kill waits after its step, at most.
+        data_dir: Folder with the data of shipped tasks.
+
+    Returns:
+        What each kill hit; a process that had ended before its kill is left out.
     """
     import graphlora.study.execute  # noqa: F401 - loaded once, for all forks
 
-    draw, counts = random.Random(SEED), []
-    alone = _fork(study, folder / "undisturbed", data_dir)
-    os.waitpid(alone, 0)
-    for _ in range(kills):
-        child = _fork(study, folder / "killed", data_dir)
-        time.sleep(draw.uniform(0.1, longest))
+    # Collecting what the libraries hold would copy it into every fork, which took two thirds of a start.
+    gc.freeze()
+    spec = load_spec(str(study), Overrides(data_dir=data_dir))
+    runs, draw, found = make_runs(spec), random.Random(SEED), []
+    started = time.monotonic()
+    os.waitpid(_fork(runs, study_folder(folder / "undisturbed", spec.study), folder / "undisturbed.log"), 0)
+    num_steps = sum(run.recipe().max_steps for run in runs if run.variant != BASE)
+    per_step = (time.monotonic() - started) / num_steps
+    killed = study_folder(folder / "killed", spec.study)
+    logs = [folder / f"killed-{number}.log" for number in range(kills + 1)]
+    for number, (log, following) in enumerate(pairwise(logs)):
+        moment = draw.uniform(number, number + 1) / kills * num_steps
+        child = _fork(runs, killed, log)
+        if _wait_for_step(int(moment), child, runs, killed, log):
+            time.sleep(min(longest, moment % 1 * per_step))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        counts.append(len(list(folder.glob("killed/*/*.json"))))
-        print(f"killed with {counts[-1]} records", flush=True)
-    os.waitpid(_fork(study, folder / "killed", data_dir), 0)
-    return counts
+        if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            found.append((_what_it_hit(child, runs, killed, log), following))
+            print(f"killed at step {found[-1][0].step} of {found[-1][0].variants}", flush=True)
+    os.waitpid(_fork(runs, killed, logs[-1]), 0)
+    gc.unfreeze()
+    return [replace(kill, resumed_from=_steps(log)[0][2]) for kill, log in found]
 
 
-def _fork(study: Path, results: Path, data_dir: str | None) -> int:
-    """A process that does what is missing of the study."""
+def summarize(kills: Sequence[Kill]) -> dict[str, Any]:
+    """What the kills hit: every one, their number by variant, and how many runs went on from a checkpoint."""
+    return {
+        "kills": [asdict(kill) for kill in kills],
+        "records_at_kills": [kill.records for kill in kills],
+        "killed_variants": dict(Counter(name for kill in kills for name in kill.variants)),
+        "resumed": sum(kill.resumed_from > 0 for kill in kills),
+    }
+
+
+class _Steps(TrainerCallback):
+    """Writes a line `RUN from STEP` as training begins, and `RUN at STEP` after each step."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where it goes on from."""
+        self._write(args, "from", state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """How far it is."""
+        self._write(args, "at", state)
+
+    def _write(self, args: TrainingArguments, word: str, state: TrainerState) -> None:
+        run_id = Path(str(args.output_dir)).parent.name
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(f"{run_id} {word} {state.global_step}\n")
+
+
+def _fork(runs: Sequence[Run], folder: StudyFolder, log: Path) -> int:
+    """A process that does what is missing of the study, and writes its steps to a log."""
     child = os.fork()
     if child == 0:
-        code = 1
+        code, usual = 1, KeptWorkbench.callbacks
+
+        def callbacks(self: KeptWorkbench, trainer: AdapterTrainer) -> list[Any]:
+            return [*usual(self, trainer), _Steps(log)]
+
         try:
-            spec = load_spec(str(study), Overrides(data_dir=data_dir))
-            code = run_study(make_runs(spec), study_folder(results, spec.study), tell=lambda line: None)
+            KeptWorkbench.callbacks = callbacks
+            code = run_study(runs, folder, tell=lambda line: None)
         finally:
             os._exit(min(code, 1))
     return child
+
+
+def _wait_for_step(step: int, child: int, runs: Sequence[Run], folder: StudyFolder, log: Path) -> bool:
+    """Wait until a process has trained and the study has done that many steps; False where it ends before."""
+    steps = {run.run_id: run.recipe().max_steps for run in runs if run.variant != BASE}
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if lines := _steps(log):
+            done = {run.run_id for run in runs if folder.is_done(run)}
+            run_id, _, at = lines[-1]
+            whole = sum(num for name, num in steps.items() if name in done)
+            if whole + (0 if run_id in done else at) >= step:
+                return True
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def _what_it_hit(child: int, runs: Sequence[Run], folder: StudyFolder, log: Path) -> Kill:
+    variants = {run.run_id: run.variant for run in runs}
+    held = claims_of(folder.path, child)
+    return Kill(
+        records=sum(folder.is_done(run) for run in runs),
+        variants=[variants[run_id] for run_id in held],
+        step=max((at for run_id, _, at in _steps(log) if run_id in held), default=0),
+    )
+
+
+def _steps(log: Path) -> list[tuple[str, str, int]]:
+    """Whole lines of a log: run, word, step."""
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    parts = [line.split() for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [(run_id, word, int(step)) for run_id, word, step in parts]
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:

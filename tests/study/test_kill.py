@@ -15,13 +15,15 @@ from reliability.study_kills import compare, records
 
 # In a process of its own, since forks of one that has computed can hang.
 KILLS = """
+import json
 import sys
 from pathlib import Path
 import torch
-from reliability.study_kills import tiny_study, undisturbed_and_killed
+from reliability.study_kills import summarize, tiny_study, undisturbed_and_killed
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-undisturbed_and_killed(tiny_study(folder), folder, kills=10, longest=1.5)
+found = undisturbed_and_killed(tiny_study(folder), folder, kills=10, longest=1.5)
+print(json.dumps(summarize(found)))
 """
 COMMAND = [sys.executable, "-W", "ignore", "-m", "graphlora.cli", "study", "run"]
 
@@ -40,12 +42,17 @@ def test_ten_kills_leave_the_same_records(tmp_path):
     words = [sys.executable, "-W", "ignore", "-c", KILLS, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    counts = [int(line.split()[2]) for line in done.stdout.splitlines()]
-    assert len(counts) == 10
-    assert counts[0] < 5
+    hit = json.loads(done.stdout.splitlines()[-1])
+    assert len(hit["kills"]) == 10
+    assert hit["records_at_kills"] == sorted(hit["records_at_kills"])
+    assert hit["records_at_kills"][0] == 1 and hit["records_at_kills"][-1] == 4
+    assert set(hit["killed_variants"]) == {"lora", "graphlora"}
+    assert any(kill["resumed_from"] > 0 for kill in hit["kills"] if kill["variants"] == ["graphlora"])
+    assert hit["resumed"] >= 3
     found = compare(records(tmp_path / "undisturbed"), records(tmp_path / "killed"))
     assert found["runs"] == 5 and found["same_runs"]
     assert found["differing"] == 0
+    assert found["spread"] > 0
     for name in ("claims", ".work"):
         assert not list((tmp_path / "killed" / "kills" / name).iterdir())
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,8 @@ from graphlora.study.worker import BROKEN_DEVICE, Tell, terminable, work
 # A run whose process dies this often is recorded as failed, so that the others get their turn.
 MOST_DEATHS = 2
 STOP_SECONDS = 30
+# What a worker has started may hold its standard output open.
+LISTEN_SECONDS = 2.0
 
 
 class StudyInterrupted(KeyboardInterrupt):
@@ -137,6 +140,14 @@ class _Worker:
     place: str
     process: subprocess.Popen[str]
     log: Path
+    listener: threading.Thread
+
+    def close(self) -> None:
+        """Take in the last lines of a process that has ended, and close its pipes."""
+        self.listener.join(LISTEN_SECONDS)
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
 
 
 class Pool:
@@ -203,8 +214,9 @@ class Pool:
             process.stdin.flush()
         except BrokenPipeError:
             pass
-        threading.Thread(target=self._listen, args=(process.stdout,), daemon=True).start()
-        self._workers.append(_Worker(place, process, log))
+        listener = threading.Thread(target=self._listen, args=(process.stdout,), daemon=True)
+        listener.start()
+        self._workers.append(_Worker(place, process, log, listener))
 
     def _listen(self, lines: IO[str]) -> None:
         with lines:
@@ -221,6 +233,7 @@ class Pool:
 
     def _ended(self, worker: _Worker) -> None:
         """Replace a worker that died; a run that it died in too often has failed."""
+        worker.close()
         code = worker.process.returncode
         if worker.process.stdin is not None:
             worker.process.stdin.close()
@@ -251,6 +264,8 @@ class Pool:
                 worker.process.wait(max(0.1, limit - time.monotonic()))
             except subprocess.TimeoutExpired:
                 worker.process.kill()
+                worker.process.wait()
+            worker.close()
         self._workers = []
 
 
