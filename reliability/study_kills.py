@@ -237,7 +237,7 @@ class _Steps(TrainerCallback):
         self._write(args, "at", state)
 
     def _write(self, args: TrainingArguments, word: str, state: TrainerState) -> None:
-        run_id = Path(str(args.output_dir)).parent.name
+        run_id = Path(str(args.output_dir)).name
         with self._log.open("a", encoding="utf-8") as file:
             file.write(f"{run_id} {word} {state.global_step}\n")
 
