@@ -6,8 +6,6 @@ a random moment after it, within the time that the undisturbed study took for a 
 On a CPU every number of a record but time, memory and host must be equal. On a GPU, with a real model, the runs must be
 the same and every score within the spread of the seeds:
 `python -m reliability.study_kills --device cuda --model PATH --data_dir DIR`.
-The GPU's first record was made when kills were drawn by seconds after the start, up to `--longest`; now that bounds the
-moment after a step.
 """
 
 from __future__ import annotations

@@ -4,15 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from host_reads import Calls
+from interpreted import INTERPRETED
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from graphlora.ops.backend import has_triton, interprets_triton
-
-pytestmark = pytest.mark.skipif(
-    not has_triton() or not interprets_triton(),
-    reason="kernels run on CPU tensors in Triton's interpreter, which is off beside a GPU",
-)
+pytestmark = INTERPRETED
 OPERATIONS = {
     "dropped",
     "add_dropped_product",
@@ -21,19 +17,6 @@ OPERATIONS = {
     "routing_sums",
     "routing_sums_backward",
 }
-
-
-class Seen(TorchDispatchMode):
-    """This library's operations that pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "graphlora":
-            self.names.add(func.name().removeprefix("graphlora::"))
-        return func(*args, **(kwargs or {}))
 
 
 def step(model, tokens):
@@ -48,9 +31,9 @@ def step(model, tokens):
 def test_the_dispatcher_changes_no_bit_and_sees_every_operation(make_adapted, tokens):
     model = make_adapted(backend="triton", lora_dropout=0.2).train()
     direct = step(model, tokens)
-    with Seen() as seen:
+    with Calls() as calls:
         dispatched = step(model, tokens)
-    assert seen.names == OPERATIONS
+    assert {name.split(".")[1] for name in calls.names if name.startswith("graphlora.")} == OPERATIONS
     assert direct.keys() == dispatched.keys()
     for name, value in direct.items():
         assert torch.equal(dispatched[name], value), name

@@ -3,16 +3,11 @@
 import peft
 import pytest
 import torch
+from interpreted import INTERPRETED
 from peft import prepare_model_for_kbit_training
 from transformers import T5Config, T5ForConditionalGeneration
 
 from graphlora.errors import GraphLoraError
-from graphlora.ops.backend import has_triton, interprets_triton
-
-KERNELS = pytest.mark.skipif(
-    not has_triton() or not interprets_triton(),
-    reason="kernels run on CPU tensors in Triton's interpreter, which is off beside a GPU",
-)
 
 FLOAT32_STATE = (
     "adjacency",
@@ -120,7 +115,7 @@ def checkpointed(model, use_reentrant):
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
-@pytest.mark.parametrize("backend", ["eager", "torch", pytest.param("triton", marks=KERNELS)])
+@pytest.mark.parametrize("backend", ["eager", "torch", pytest.param("triton", marks=INTERPRETED)])
 def test_checkpointing_changes_no_gradient_and_no_load(make_adapted, tokens, backend, lora_dropout):
     results = []
     for on in (False, True):

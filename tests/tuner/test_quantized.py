@@ -5,10 +5,10 @@ import importlib.util
 import peft
 import pytest
 import torch
+from interpreted import INTERPRETED
 from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from graphlora.ops.backend import has_triton, interprets_triton
 from graphlora.tuner.layer import GraphLoraLayer
 
 SIZES = {
@@ -113,10 +113,7 @@ def test_prepared_quantized_base_trains_with_checkpointing(load_base, make_confi
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.skipif(
-    not has_triton() or not interprets_triton(),
-    reason="kernels run on CPU tensors in Triton's interpreter, which is off beside a GPU",
-)
+@INTERPRETED
 def test_the_kernels_on_a_quantized_base(load_base, make_config, fill_adapter, tokens):
     """They take the separate path there, beside the base's own calls: the gradients are those of the PyTorch path."""
     results = []

@@ -235,8 +235,6 @@ class Pool:
         """Replace a worker that died; a run that it died in too often has failed."""
         worker.close()
         code = worker.process.returncode
-        if worker.process.stdin is not None:
-            worker.process.stdin.close()
         if code == 0:
             worker.log.unlink(missing_ok=True)
             return
