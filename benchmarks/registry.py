@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.shapes import EIGHT_BILLION, LLAMA3_8B, LLAMA3_70B, MEDIUM, SMOLLM2, TINY, Shape
+from benchmarks.shapes import (
+    EIGHT_BILLION,
+    LLAMA3_8B,
+    LLAMA3_70B,
+    MEDIUM,
+    SMOLLM2,
+    SMOLLM2_1B7,
+    SMOLLM2_360M,
+    TINY,
+    Shape,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,18 @@ def _ffn_case(shape: Shape, r: int, tokens: int, skew: str, more: bool, seconds:
     name = f"{shape.name} r{r} T{tokens} {skew}"
     candidates = ["frozen", "peft_float32", "peft_bfloat16", "triton"]
     if more:
-        candidates += ["triton_layer", "torch", "torch_compiled", "eager", "loop", "expanded"]
+        candidates += [
+            "peft_float32_dropout",
+            "peft_bfloat16_dropout",
+            "triton_dropout",
+            "triton_recompute",
+            "triton_layer",
+            "torch",
+            "torch_compiled",
+            "eager",
+            "loop",
+            "expanded",
+        ]
     params = {"shape": shape.name, "r": r, "tokens": tokens, "skew": skew, "candidates": candidates}
     return Case("ffn", name, params, seconds)
 
@@ -92,6 +113,7 @@ def _step_case(shape: Shape, seconds: float) -> Case:
         "layers": 8,
         "batch": 8,
         "length": 512,
+        "iterations": 30,
         "candidates": list(_STEP_CANDIDATES),
     }
     return Case("step", f"{shape.name} 8 layers 8x512", params, seconds)
@@ -110,12 +132,59 @@ def _full_case(shape: Shape) -> Case:
 
 
 _FULL = tuple(_full_case(shape) for shape in EIGHT_BILLION)
-_STEP = tuple(_step_case(shape, 60) for shape in EIGHT_BILLION)
+_STEP = tuple(_step_case(shape, 100) for shape in EIGHT_BILLION)
 _FFN_TINY = _ffn_case(TINY, 2, 24, "skewed", True, 1)
+# The same step run in other ways, and Liger's kernels beside it; the loops are there for row 5.
+_MODES = Case(
+    "step",
+    "llama3-8b modes, 8 of its layers, 8x512",
+    {
+        "shape": LLAMA3_8B.name,
+        "layers": 8,
+        "batch": 8,
+        "length": 512,
+        "candidates": [
+            "frozen",
+            "frozen_compiled",
+            "peft_bfloat16_r16",
+            "peft_bfloat16_r16_graph",
+            "peft_bfloat16_r16_compiled",
+            "peft_bfloat16_r16_ligers",
+            "peft_float32_dropout_r16",
+            "peft_float32_dropout_r16_graph",
+            "triton_r16",
+            "triton_r16_graph",
+            "triton_r16_regions",
+            "triton_r16_liger",
+            "triton_r16_ligers",
+            "triton_dropout_r16",
+            "triton_dropout_r16_graph",
+            "triton_r8",
+            "triton_r8_graph",
+            "triton_r8_compiled",
+            "triton_r8_ligers",
+            "eager_r8",
+            "loop_r8",
+        ],
+    },
+    300,
+)
 _STEP_TINY = Case(
     "step",
     "tiny 2 layers 2x16",
-    {"shape": "tiny", "layers": 2, "batch": 2, "length": 16, "candidates": list(_STEP_CANDIDATES)},
+    {
+        "shape": "tiny",
+        "layers": 2,
+        "batch": 2,
+        "length": 16,
+        "candidates": [
+            *_STEP_CANDIDATES,
+            "triton_r8_graph",
+            "triton_r8_compiled",
+            "triton_r8_regions",
+            "triton_r8_liger",
+        ],
+    },
 )
 
 
@@ -138,6 +207,11 @@ def _small_case(mode: str, seconds: float, candidates: list[str]) -> Case:
     return Case("small", f"{SMOLLM2.name} 16x128 {mode}", params, seconds)
 
 
+def _crossover_case(shape: Shape, batch: int) -> Case:
+    params = {"shape": shape.name, "batch": batch, "length": 512, "candidates": ["triton", "triton_graph"]}
+    return Case("small", f"{shape.name} {batch}x512 crossover", params, 20)
+
+
 _SMALL = (
     _small_case(
         "graphs",
@@ -145,6 +219,12 @@ _SMALL = (
         ["frozen", "peft", "peft_bfloat16", "peft_graph", "triton", "triton_graph", "torch_graph", "eager"],
     ),
     _small_case("compiled", 200, ["peft", "peft_compiled", "triton_graph", "triton_compiled"]),
+    # Where a recorded step stops being faster than its launches, for `graphlora.training.step_mode`.
+    *(
+        _crossover_case(shape, batch)
+        for shape, batches in ((SMOLLM2, (16,)), (SMOLLM2_360M, (8,)), (SMOLLM2_1B7, (4, 8, 16)))
+        for batch in batches
+    ),
 )
 
 SUITES: dict[str, Suite] = {
@@ -156,7 +236,15 @@ SUITES: dict[str, Suite] = {
             (Case("ceilings", "gemm and copy", {"size": 64}),),
         ),
         Suite("ffn", _ffn_cases(), (_FFN_TINY,)),
-        Suite("step", (*_STEP, *_FULL), (_STEP_TINY,)),
+        Suite(
+            "products",
+            (
+                *_shaped("products", EIGHT_BILLION, 8, r=8, tokens=8192),
+                *_shaped("products", EIGHT_BILLION, 8, r=16, tokens=8192),
+            ),
+            _shaped("products", (TINY,), 1, r=2, tokens=24),
+        ),
+        Suite("step", (*_STEP, *_FULL, _MODES), (_STEP_TINY,)),
         Suite(
             "saved",
             _shaped("saved", EIGHT_BILLION, 10, r=8, tokens=8192),

@@ -53,10 +53,23 @@ QWEN2_7B = Shape("qwen2-7b", "qwen2", 3584, 18944, 28, 28, 4, 152064)
 LLAMA3_70B = Shape("llama3-70b", "llama", 8192, 28672, 80, 64, 8, 128256)
 LLAMA3_405B = Shape("llama3-405b", "llama", 16384, 53248, 126, 128, 8, 128256)
 SMOLLM2 = Shape("smollm2-135m", "llama", 576, 1536, 30, 9, 3, 49152, tied=True)
+SMOLLM2_360M = Shape("smollm2-360m", "llama", 960, 2560, 32, 15, 5, 49152, tied=True)
+SMOLLM2_1B7 = Shape("smollm2-1.7b", "llama", 2048, 8192, 24, 32, 32, 49152, tied=True)
 MEDIUM = Shape("d2048-f5632", "llama", 2048, 5632, 22, 32, 4, 32000)
 TINY = Shape("tiny", "llama", 32, 64, 2, 4, 2, 64)
 
 SHAPES = {
-    shape.name: shape for shape in (LLAMA3_8B, QWEN2_7B, LLAMA3_70B, LLAMA3_405B, SMOLLM2, MEDIUM, TINY)
+    shape.name: shape
+    for shape in (
+        LLAMA3_8B,
+        QWEN2_7B,
+        LLAMA3_70B,
+        LLAMA3_405B,
+        SMOLLM2,
+        SMOLLM2_360M,
+        SMOLLM2_1B7,
+        MEDIUM,
+        TINY,
+    )
 }
 EIGHT_BILLION = (LLAMA3_8B, QWEN2_7B)

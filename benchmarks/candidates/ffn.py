@@ -25,7 +25,7 @@ from graphlora.benchmark.random_model import twin, wake
 from graphlora.moe import MoeSettings, moe_ffn
 from graphlora.tuner.layer import GraphLoraLayer
 
-NUM_EXPERTS, TOP_K, ALPHA = 8, 2, 16.0
+NUM_EXPERTS, TOP_K, ALPHA, DROPOUT = 8, 2, 16.0, 0.05
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 BACKENDS = ("triton", "torch", "eager")
 
@@ -127,15 +127,15 @@ class FfnBench:
         if name == "frozen":
             return FfnCandidate(self.mlp, (), ())
         if name.startswith("peft_"):
-            return self._peft(float32=name == "peft_float32")
+            return self._peft("float32" in name, DROPOUT if name.endswith("_dropout") else 0.0)
         if name == "fused_lora":
             return self._fused_lora()
         if name.endswith("_layer"):
             return self._whole_layer(name.removesuffix("_layer"))
         return self._routed(name)
 
-    def _peft(self, float32: bool) -> FfnCandidate:
-        config = LoraConfig(r=self.r, lora_alpha=int(ALPHA), target_modules=PROJECTIONS)
+    def _peft(self, float32: bool, dropout: float) -> FfnCandidate:
+        config = LoraConfig(r=self.r, lora_alpha=int(ALPHA), lora_dropout=dropout, target_modules=PROJECTIONS)
         model = get_peft_model(cast(Any, Block(twin(self.mlp))), config, autocast_adapter_dtype=float32)
         wake(model, scale=0.05)
         round_to_bfloat16(model)
@@ -172,13 +172,20 @@ class FfnBench:
         return FfnCandidate(forward, tuple(p for _, p in trained), tuple(n for n, _ in trained))
 
     def _routed(self, name: str) -> FfnCandidate:
-        base_name = name.removesuffix("_compiled")
+        base_name = name.removesuffix("_compiled").removesuffix("_dropout").removesuffix("_recompute")
         if base_name not in (*BACKENDS, "loop", "expanded"):
             raise KeyError(name)
         layer, routing = self.layer, self.routing
         experts = layer._expert_weights("default")
         scaling = layer.scaling["default"]
-        settings = MoeSettings("ffn", scaling, 0.0, 0.0, base_name if base_name in BACKENDS else "eager")
+        settings = MoeSettings(
+            "ffn",
+            scaling,
+            lora_dropout=DROPOUT if name.endswith("_dropout") else 0.0,
+            hidden_dropout=0.0,
+            backend=base_name if base_name in BACKENDS else "eager",
+            recompute_gate_up=name.endswith("_recompute"),
+        )
         frozen = self.frozen_weights
 
         def run(x: Tensor) -> Tensor:

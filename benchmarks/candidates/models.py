@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 import graphlora.moe
 import graphlora.tuner.layer
-from benchmarks.candidates.ffn import ALPHA, BACKENDS, NUM_EXPERTS, PROJECTIONS, TOP_K
+from benchmarks.candidates.ffn import ALPHA, BACKENDS, DROPOUT, NUM_EXPERTS, PROJECTIONS, TOP_K
 from benchmarks.candidates.loop import loop_ffn
 from benchmarks.candidates.published import moe_peft_mixlora
 from benchmarks.candidates.released import released_moe_ffn
@@ -26,7 +26,6 @@ from graphlora.benchmark.random_model import twin
 from graphlora.benchmark.timing import Call, Stopwatch
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", *PROJECTIONS]
-DROPOUT = 0.05
 # Rank of the experts whose number of FFN weights `peft_sized` matches.
 SIZED_RANK = 8
 

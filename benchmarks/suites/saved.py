@@ -10,6 +10,7 @@ from graphlora.benchmark.memory import measure_saved
 CANDIDATES = (
     "fused_lora",
     "triton",
+    "triton_recompute",
     "triton_layer",
     "torch",
     "peft_float32",

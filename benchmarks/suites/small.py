@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-import torch
-from torch import Tensor
-
-from benchmarks.candidates.ffn import compiler_of
-from benchmarks.candidates.models import ModelCandidate, model_config, random_tokens, step_candidate
+from benchmarks.candidates.models import model_config, random_tokens
+from benchmarks.candidates.modes import call_in_mode, candidate_in_mode
 from benchmarks.context import Context
 from benchmarks.shapes import SHAPES
 from graphlora.benchmark.random_model import random_model
-from graphlora.benchmark.timing import Call, Stopwatch
-from graphlora.training.captured import CapturedSteps
+from graphlora.benchmark.timing import Call
 
-# The name in the table: the candidate's step, and how it is run.
-CANDIDATES: dict[str, tuple[str, str]] = {
-    "frozen": ("frozen", "eager"),
-    "peft": ("peft_float32_r8", "eager"),
-    "peft_bfloat16": ("peft_bfloat16_r8", "eager"),
-    "peft_graph": ("peft_float32_r8", "graph"),
-    "triton": ("triton_r8", "eager"),
-    "triton_graph": ("triton_r8", "graph"),
-    "torch_graph": ("torch_r8", "graph"),
-    "eager": ("eager_r8", "eager"),
-    "peft_compiled": ("peft_float32_r8", "compile"),
-    "triton_compiled": ("triton_r8", "compile"),
+# The name in the table, and the step with how it is run.
+CANDIDATES = {
+    "frozen": "frozen",
+    "peft": "peft_float32_r8",
+    "peft_bfloat16": "peft_bfloat16_r8",
+    "peft_graph": "peft_float32_r8_graph",
+    "triton": "triton_r8",
+    "triton_graph": "triton_r8_graph",
+    "torch_graph": "torch_r8_graph",
+    "eager": "eager_r8",
+    "peft_compiled": "peft_float32_r8_compiled",
+    "triton_compiled": "triton_r8_compiled",
 }
 
 
@@ -40,31 +34,7 @@ def measure(context: Context) -> None:
 
     def make(name: str) -> Call:
         # On a CPU the kernels' names have become the PyTorch path's.
-        source, mode = CANDIDATES[name if name in CANDIDATES else name.replace("torch", "triton")]
-        candidate = step_candidate(context.stand_in(source), base)
-        if mode == "graph":
-            return _captured(candidate, ids, context.device)
-        if mode == "compile":
-            compiler = compiler_of(context.device)
-            candidate.model = cast(Any, torch.compile(candidate.model, dynamic=False, backend=compiler))
-        return candidate.call(ids)
+        step = context.stand_in(CANDIDATES[name if name in CANDIDATES else name.replace("torch", "triton")])
+        return call_in_mode(step, candidate_in_mode(step, base, context.device), ids, context.device)
 
     context.add_timings(context.interleave(context.build(names, make), warmup=5, iterations=30))
-
-
-def _captured(candidate: ModelCandidate, ids: Tensor, device: torch.device) -> Call:
-    """The step as `graphlora train` runs it with `step_mode: graph`."""
-    steps = CapturedSteps(candidate.model, device=device)
-
-    def forward_backward(inputs: dict[str, Any]) -> Tensor:
-        return candidate.forward_backward(inputs["input_ids"]).detach()
-
-    def call(watch: Stopwatch) -> None:
-        steps(forward_backward, {"input_ids": ids})
-        watch.lap("forward_backward")
-        assert candidate.optimizer is not None
-        candidate.optimizer.step()
-        candidate.optimizer.zero_grad(set_to_none=True)
-        watch.lap("optimizer")
-
-    return call

@@ -67,7 +67,7 @@ import torch
 from liger_kernel.transformers import _apply_liger_kernel_to_instance
 from tiny_llama import gradients, largest_gap, make_batch, make_model
 from graphlora.training.data import AnswerLogits
-from graphlora.training.loss_kernel import _options
+from graphlora.training.loss_kernel import fused_loss_options
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 batch = make_batch([9, 5], 12)
@@ -79,7 +79,7 @@ for inputs in (batch, short):
     for liger in (False, True):
         model = make_model().to(device)
         if liger:
-            _apply_liger_kernel_to_instance(model=model.get_base_model(), **_options("llama"))
+            _apply_liger_kernel_to_instance(model=model.get_base_model(), **fused_loss_options("llama"))
         moved = {name: value.to(device) for name, value in inputs.items()}
         out = model(**moved, num_items_in_batch=torch.tensor(11, device=device))
         out.loss.backward()

@@ -36,7 +36,7 @@ def liger_options(
     if recipe.loss_kernel == "none" or (recipe.loss_kernel == "auto" and not AUTO_TAKES_LIGER):
         return None
     reason = _why_not(device, step_mode)
-    options = None if reason is not None else _options(model_type)
+    options = None if reason is not None else fused_loss_options(model_type)
     if reason is None and options is None:
         reason = f"Liger has no loss for models of type {model_type}"
     if reason is not None and recipe.loss_kernel == "liger":
@@ -54,7 +54,12 @@ def _why_not(device: torch.device, step_mode: StepMode) -> str | None:
     return None
 
 
-def _options(model_type: str) -> dict[str, bool] | None:
+def fused_loss_options(model_type: str) -> dict[str, bool] | None:
+    """Liger's switches for models of the type, all but the loss off; `None` where it has no loss for them.
+
+    Raises:
+        ImportError: Liger is not installed.
+    """
     from liger_kernel.transformers.monkey_patch import (  # pyright: ignore[reportMissingImports]  # an extra
         MODEL_TYPE_TO_APPLY_LIGER_FN,
     )

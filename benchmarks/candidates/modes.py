@@ -1,0 +1,83 @@
+"""How a whole model's training step is run: kernel by kernel, recorded, compiled, with Liger's kernels."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import unwrap_peft_model
+
+from benchmarks.candidates.ffn import compiler_of
+from benchmarks.candidates.models import ModelCandidate, step_candidate
+from benchmarks.failures import NotHere
+from graphlora.benchmark.timing import Call, Stopwatch
+from graphlora.training.captured import CapturedSteps
+from graphlora.training.loss_kernel import fused_loss_options
+
+# Endings of a candidate's name.
+MODES = ("graph", "compiled", "regions", "liger", "ligers")
+
+
+def split_mode(name: str) -> tuple[str, str | None]:
+    """A candidate's name without its mode, and the mode."""
+    source, _, mode = name.rpartition("_")
+    return (source, mode) if mode in MODES else (name, None)
+
+
+def candidate_in_mode(name: str, base: nn.Module, device: torch.device) -> ModelCandidate:
+    """`step_candidate`, its model compiled or with a fused loss where the name's ending says so.
+
+    `compiled` is one program for the whole model; `regions` compiles a decoder layer once for all layers; `liger`
+    takes Liger's loss, which never holds all logits, and `ligers` its norms and rotary embedding as well; `graph`
+    changes nothing here, see `call_in_mode`.
+
+    Raises:
+        KeyError: an unknown name.
+        NotHere: a mode that this machine or this model cannot have.
+    """
+    source, mode = split_mode(name)
+    candidate = step_candidate(source, base)
+    if mode == "compiled":
+        compiled = torch.compile(candidate.model, dynamic=False, backend=compiler_of(device))
+        candidate.model = cast(nn.Module, compiled)
+    elif mode == "regions":
+        from accelerate.utils import compile_regions
+
+        candidate.model = compile_regions(candidate.model, dynamic=False, backend=compiler_of(device))
+    elif mode in ("liger", "ligers"):
+        _apply_liger(candidate.model, device, norms=mode == "ligers")
+    return candidate
+
+
+def call_in_mode(name: str, candidate: ModelCandidate, ids: Tensor, device: torch.device) -> Call:
+    """A step of what `candidate_in_mode` made, as a timed call; the optimizer is outside of the recorded part."""
+    if split_mode(name)[1] != "graph":
+        return candidate.call(ids)
+    steps = CapturedSteps(candidate.model, device=device)
+
+    def forward_backward(inputs: dict[str, Any]) -> Tensor:
+        return candidate.forward_backward(inputs["input_ids"]).detach()
+
+    def call(watch: Stopwatch) -> None:
+        steps(forward_backward, {"input_ids": ids})
+        watch.lap("forward_backward")
+        if candidate.optimizer is not None:
+            candidate.optimizer.step()
+            candidate.optimizer.zero_grad(set_to_none=True)
+        watch.lap("optimizer")
+
+    return call
+
+
+def _apply_liger(model: nn.Module, device: torch.device, norms: bool) -> None:
+    if device.type != "cuda":
+        raise NotHere("Liger's kernels need a GPU")
+    inner = cast(Any, unwrap_peft_model(cast(Any, model)))
+    try:
+        options = fused_loss_options(inner.config.model_type)
+    except ImportError as error:
+        raise NotHere("liger-kernel is not installed") from error
+    assert options is not None
+    apply_liger_kernel(inner, options | dict.fromkeys(("rms_norm", "rope"), norms))
