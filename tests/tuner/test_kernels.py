@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 from host_reads import Calls
-from interpreted import INTERPRETED
+from interpreted import KERNEL_DEVICE, KERNELS
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-pytestmark = INTERPRETED
+pytestmark = KERNELS
 OPERATIONS = {
     "dropped",
     "add_dropped_product",
@@ -17,6 +17,16 @@ OPERATIONS = {
     "routing_sums",
     "routing_sums_backward",
 }
+
+
+@pytest.fixture
+def model(make_adapted):
+    return make_adapted(backend="triton", lora_dropout=0.2).to(KERNEL_DEVICE).train()
+
+
+@pytest.fixture
+def tokens(tokens):
+    return tokens.to(KERNEL_DEVICE)
 
 
 def step(model, tokens):
@@ -28,8 +38,7 @@ def step(model, tokens):
     return {"loss": outputs.loss.detach()} | grads
 
 
-def test_the_dispatcher_changes_no_bit_and_sees_every_operation(make_adapted, tokens):
-    model = make_adapted(backend="triton", lora_dropout=0.2).train()
+def test_the_dispatcher_changes_no_bit_and_sees_every_operation(model, tokens):
     direct = step(model, tokens)
     with Calls() as calls:
         dispatched = step(model, tokens)
@@ -39,9 +48,8 @@ def test_the_dispatcher_changes_no_bit_and_sees_every_operation(make_adapted, to
         assert torch.equal(dispatched[name], value), name
 
 
-def test_saved_tensors_are_read_once(make_adapted, tokens):
+def test_saved_tensors_are_read_once(model, tokens):
     """Each read of them runs the hooks of whoever keeps them: checkpointing computes again, offloading copies again."""
-    model = make_adapted(backend="triton", lora_dropout=0.2).train()
     counts = {"packed": 0, "unpacked": 0}
 
     def count(name, t):
@@ -54,9 +62,8 @@ def test_saved_tensors_are_read_once(make_adapted, tokens):
 
 
 @pytest.mark.parametrize("kept", ["graphlora", "aten::mm", "aten::addmm"])
-def test_selective_checkpointing(make_adapted, kept):
+def test_selective_checkpointing(model, kept):
     """Blocks computed again but for the products or operations that a policy keeps."""
-    model = make_adapted(backend="triton", lora_dropout=0.2).train()
     block = model.get_base_model().model.layers[0].mlp
 
     def policy(_, operation, *args, **kwargs):
@@ -65,7 +72,8 @@ def test_selective_checkpointing(make_adapted, kept):
 
     def run(call):
         torch.manual_seed(1)
-        x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+        x = x.to(KERNEL_DEVICE).requires_grad_()
         out = call(x)
         out.square().sum().backward()
         return out.detach(), x.grad

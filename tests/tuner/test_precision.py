@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from interpreted import INTERPRETED
+from interpreted import KERNEL_DEVICE, KERNELS
 from peft import prepare_model_for_kbit_training
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -115,12 +115,14 @@ def checkpointed(model, use_reentrant):
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
-@pytest.mark.parametrize("backend", ["eager", "torch", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.parametrize("backend", ["eager", "torch", pytest.param("triton", marks=KERNELS)])
 def test_checkpointing_changes_no_gradient_and_no_load(make_adapted, tokens, backend, lora_dropout):
+    device = KERNEL_DEVICE if backend == "triton" else "cpu"
+    tokens = tokens.to(device)
     results = []
     for on in (False, True):
         torch.manual_seed(1)
-        model = make_adapted(backend=backend, lora_dropout=lora_dropout).train()
+        model = make_adapted(backend=backend, lora_dropout=lora_dropout).to(device).train()
         if on:
             model.enable_input_require_grads()
             checkpointed(model, use_reentrant=False)
