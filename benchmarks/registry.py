@@ -227,6 +227,12 @@ _SMALL = (
     ),
 )
 
+
+def _generate_case(shape: Shape, layers: int, batch: int, prompt: int, new: int, seconds: float) -> Case:
+    params = {"shape": shape.name, "layers": layers, "batch": batch, "prompt": prompt, "new": new}
+    return Case("generate", f"{shape.name} {layers} layers batch{batch}", params, seconds)
+
+
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -283,6 +289,11 @@ SUITES: dict[str, Suite] = {
             ),
             (Case("decode", "tiny batch2", {"shape": "tiny", "layers": 2, "batch": 2, "context": 16}),),
             "cuda",
+        ),
+        Suite(
+            "generate",
+            tuple(_generate_case(LLAMA3_8B, 8, batch, 128, 64, 100) for batch in (1, 8)),
+            (_generate_case(TINY, 2, 2, 6, 4, 1),),
         ),
         Suite("small", _SMALL, _shaped("small", (TINY,), 1, batch=2, length=16)),
         Suite(

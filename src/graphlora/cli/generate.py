@@ -22,8 +22,6 @@ graphlora generate runs/chat
 graphlora generate runs/quiz --file questions.txt --output answers.jsonl --max_new_tokens 20
 graphlora generate runs/quiz --file questions.txt --output answers.jsonl --compile
 """
-# Lengths of a compiled model's cache are multiples of this, so that few lengths are compiled.
-CACHE_STEP = 512
 CHAT_HELP = "type a message; /reset forgets the conversation, /exit or Ctrl-D ends"
 
 
@@ -99,11 +97,14 @@ class Speaker:
         """Keep the model and how to draw words from it."""
         from transformers import GenerationConfig, set_seed
 
+        from graphlora.evaluation.generation import StaticGenerator
+
         set_seed(arguments.seed)
         self.model, self.tokenizer, self.chat = model, tokenizer, chat
         self.batch_size: int = arguments.batch_size
-        self.cache: tuple[tuple[int, int], Any] | None = None
         self.compiles: bool = arguments.compile and _may_compile(model)
+        # transformers compiles the steps behind a cache of fixed size, and leaves them uncompiled without one.
+        self.generate = StaticGenerator(model) if self.compiles else model.generate
         self.system = arguments.system
         self.window: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         draws = (
@@ -147,23 +148,7 @@ class Speaker:
         return self._answers(self._generate(inputs), inputs)[: len(texts)]
 
     def _generate(self, inputs: Any, **kwargs: Any) -> Any:
-        if self.compiles:
-            # transformers compiles the steps behind a cache of fixed size, and leaves them uncompiled without one.
-            kwargs["past_key_values"] = self._static_cache(*inputs["input_ids"].shape)
-        return self.model.generate(**inputs, generation_config=self.settings, **kwargs)
-
-    def _static_cache(self, batch: int, length: int) -> Any:
-        """An empty cache that holds prompt and answer; the last one where it has the size."""
-        from transformers import StaticCache
-
-        needed = length + self.settings.max_new_tokens
-        size = -(-needed // CACHE_STEP) * CACHE_STEP
-        if self.cache is not None and self.cache[0] == (batch, size):
-            self.cache[1].reset()
-        else:
-            config = self.model.config.get_text_config(decoder=True)
-            self.cache = (batch, size), StaticCache(config=config, max_cache_len=size)
-        return self.cache[1]
+        return self.generate(**inputs, generation_config=self.settings, **kwargs)
 
     def _encoded(self, texts: list[str]) -> Any:
         inputs = self.tokenizer(
