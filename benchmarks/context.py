@@ -95,7 +95,9 @@ class Context:
         for candidate, error in result.errors.items():
             self.fail(candidate, error)
 
-    def interleave(self, calls: Mapping[str, Call], warmup: int = 10, iterations: int = 30) -> Interleaved:
+    def interleave(
+        self, calls: Mapping[str, Call], warmup: int = 10, iterations: int = 30, in_a_row: int = 1
+    ) -> Interleaved:
         """`graphlora.benchmark.timing.interleave`, with fewer iterations where the case is tiny."""
         if self.tiny:
             warmup, iterations = 1, 3
@@ -106,6 +108,7 @@ class Context:
             iterations=iterations,
             seconds=self.seconds,
             failures=failures(),
+            in_a_row=in_a_row,
         )
 
     def may_run(self, candidate: str) -> bool:

@@ -113,7 +113,8 @@ def _step_case(shape: Shape, seconds: float) -> Case:
         "layers": 8,
         "batch": 8,
         "length": 512,
-        "iterations": 30,
+        "in_a_row": 2,
+        "iterations": 20,
         "candidates": list(_STEP_CANDIDATES),
     }
     return Case("step", f"{shape.name} 8 layers 8x512", params, seconds)
@@ -126,6 +127,7 @@ def _full_case(shape: Shape) -> Case:
         "layers": shape.num_layers,
         "batch": 8,
         "length": 1024,
+        "in_a_row": 2,
         "candidates": candidates,
     }
     return Case("step", f"{shape.name} all layers 8x1024", params, 60)
@@ -143,6 +145,7 @@ _MODES = Case(
         "layers": 8,
         "batch": 8,
         "length": 512,
+        "in_a_row": 2,
         "candidates": [
             "frozen",
             "frozen_compiled",
@@ -177,6 +180,7 @@ _STEP_TINY = Case(
         "layers": 2,
         "batch": 2,
         "length": 16,
+        "in_a_row": 2,
         "candidates": [
             *_STEP_CANDIDATES,
             "triton_r8_graph",

@@ -22,14 +22,17 @@ from graphlora.benchmark.timing import describe_error, release
 
 
 def measure(context: Context) -> None:
-    """Times a step of every candidate on the same base weights and the same batch, then measures its peak memory."""
+    """Times a step of every candidate on the same base weights and the same batch, then measures its peak memory.
+
+    A timed step has one of the same candidate before it, as in training.
+    """
     p = context.case.params
     shape, layers, batch, length = SHAPES[p["shape"]], p["layers"], p["batch"], p["length"]
     base = random_model(model_config(shape, layers), context.device, context.dtype)
     ids = random_tokens(shape, batch, length, context.device)
     made = context.build(p["candidates"], lambda name: candidate_in_mode(name, base, context.device))
     calls = {name: call_in_mode(name, c, ids, context.device) for name, c in made.items()}
-    result = context.interleave(calls, warmup=3, iterations=p.get("iterations", 12))
+    result = context.interleave(calls, warmup=3, iterations=p.get("iterations", 12), in_a_row=p["in_a_row"])
     context.add_timings(result)
     peak = gemm_rate(context.device, context.dtype, 8192 if context.device.type == "cuda" else 64)
     for name, timings in result.timings.items():

@@ -1,5 +1,6 @@
 """The prediction of `graphlora bench` is close to a real run, and can tell when it is not."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,24 @@ def test_saved_storages_count_once_and_whole():
         z = y[:5].exp() * y.exp()[:5]
     assert saved.num_bytes == 200 + 400
     assert z.requires_grad
+
+
+def test_calls_in_a_row_come_before_the_timed_one():
+    calls = []
+
+    def call_of(name):
+        def call(watch: Stopwatch) -> None:
+            calls.append(name)
+            time.sleep(0.02 if calls[-2:] != [name, name] else 0)
+            watch.lap("half")
+
+        return call
+
+    result = interleave({n: call_of(n) for n in "ab"}, CPU, warmup=1, iterations=2, in_a_row=2)
+    assert calls == list("aabb") * 3
+    for name in "ab":
+        assert result.timings[name]["full"].iterations == 2
+        assert result.timings[name]["full"].high < 10
 
 
 def test_a_failing_candidate_leaves_the_others():

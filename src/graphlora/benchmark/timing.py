@@ -93,8 +93,12 @@ def interleave(
     iterations: int,
     seconds: float = float("inf"),
     failures: tuple[type[BaseException], ...] = (),
+    in_a_row: int = 1,
 ) -> Interleaved:
     """Times the candidates A, B, A, B, ...
+
+    The host runs ahead of a GPU. How far, when a candidate's turn begins, depends on whose turn was before: after a
+    candidate that waits for launches there is no lead, and launches that hide behind kernels in a row of steps show.
 
     Args:
         calls: by name; each does one iteration and ends its phases with `Stopwatch.lap`.
@@ -103,6 +107,7 @@ def interleave(
         iterations: timed rounds.
         seconds: stop early, with at least three timed rounds, when all this has taken so long.
         failures: errors that exclude a candidate instead of ending the measurement.
+        in_a_row: calls of a candidate in each of its turns; the last is timed, behind others of its own kind.
     """
     result = Interleaved()
     alive = dict(calls)
@@ -115,6 +120,9 @@ def interleave(
         for name, call in list(alive.items()):
             watch = Stopwatch(device)
             try:
+                for _ in range(in_a_row - 1):
+                    call(Stopwatch(device))
+                watch = Stopwatch(device)
                 call(watch)
                 if turn == 0:
                     synchronize(device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphlora.ops.backend import has_triton, interprets_triton
 from graphlora.ops.decode import reference
-from graphlora.ops.operations import launches_kernels
+from graphlora.ops.operations import launches_kernels, operation
 
 _library = torch.library.Library("graphlora", "FRAGMENT")
 
@@ -40,8 +40,8 @@ def _base_shape(base: Tensor, *_: Any) -> Tensor:
     return base.new_empty(base.shape)
 
 
-def _define(name: str, arguments: str, shapes: Callable[..., Any]) -> Any:
-    """Defines `graphlora::decode_NAME` by the functions of that name beside this file."""
+def _define(name: str, arguments: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines `graphlora::decode_NAME` by the functions of that name beside this file; returns what calls it."""
 
     @launches_kernels
     def kernel(*args: Any) -> Any:
@@ -57,7 +57,12 @@ def _define(name: str, arguments: str, shapes: Callable[..., Any]) -> Any:
     _library.impl(f"decode_{name}", kernel, "CUDA")
     _library.impl(f"decode_{name}", on_cpu, "CPU")
     torch.library.register_fake(f"graphlora::decode_{name}", shapes, lib=_library)
-    return getattr(torch.ops.graphlora, f"decode_{name}").default
+
+    def call(*args: Any) -> Any:
+        run = kernel if args[0].device.type == "cuda" else on_cpu
+        return operation(f"decode_{name}", run, args[0])(*args)
+
+    return call
 
 
 project = _define(

@@ -151,7 +151,8 @@ def prepare_router(weights: RouterWeights, dtype: torch.dtype) -> PreparedRouter
     """
     w = weights
     none = w.token_proj.new_empty(0, w.token_proj.shape[1], dtype=dtype)
-    static, _, conv, self_weight, _ = torch.ops.graphlora.graph_route_prepare(
+    prepare = operation("graph_route_prepare", launch.prepare, none)
+    static, _, conv, self_weight, _ = prepare(
         w.features.contiguous(), w.conv.contiguous(), w.self_weight, w.graph.contiguous(), w.token_proj, none,
         w.residual, w.act, w.graph_normalized, False, False,
     )  # fmt: skip
@@ -177,7 +178,8 @@ def route_from_projection(
     """
     w = prepared.weights
     assert (square_sum is None) == (w.eps is None)
-    logits, probs, top_k_weights, top_k_index, _ = torch.ops.graphlora.graph_route_finish(
+    finish = operation("graph_route_finish", launch.finish, z)
+    logits, probs, top_k_weights, top_k_index, _ = finish(
         z, z.new_empty(0) if square_sum is None else square_sum, prepared.static, prepared.conv, prepared.self_weight,
         w.out, w.logit_offset, w.features.shape[0], w.token_proj.shape[1], w.act, w.residual,
         -1.0 if w.eps is None else w.eps, top_k, norm_topk_prob, prepared.precise,
