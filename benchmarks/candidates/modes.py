@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from graphlora.benchmark.timing import Call, Stopwatch
 from graphlora.training.captured import CapturedSteps
 from graphlora.training.loss_kernel import fused_loss_options
 
+_ROTARY = "apply_rotary_pos_emb"
 # Endings of a candidate's name.
 MODES = ("graph", "compiled", "regions", "liger", "ligers")
 
@@ -47,7 +50,7 @@ def candidate_in_mode(name: str, base: nn.Module, device: torch.device) -> Model
 
         candidate.model = compile_regions(candidate.model, dynamic=False, backend=compiler_of(device))
     elif mode in ("liger", "ligers"):
-        _apply_liger(candidate.model, device, norms=mode == "ligers")
+        _apply_liger(candidate, device, norms=mode == "ligers")
     return candidate
 
 
@@ -71,13 +74,26 @@ def call_in_mode(name: str, candidate: ModelCandidate, ids: Tensor, device: torc
     return call
 
 
-def _apply_liger(model: nn.Module, device: torch.device, norms: bool) -> None:
+def _apply_liger(candidate: ModelCandidate, device: torch.device, norms: bool) -> None:
+    """Liger's loss on this model alone, and with `norms` its norms and, while the model runs, its rotary embedding.
+
+    Liger exchanges norms and rotary embedding for all models of the type in the process, present and future ones:
+    that is undone, else every candidate would have them.
+    """
     if device.type != "cuda":
         raise NotHere("Liger's kernels need a GPU")
-    inner = cast(Any, unwrap_peft_model(cast(Any, model)))
+    model = cast(Any, unwrap_peft_model(cast(Any, candidate.model)))
     try:
-        options = fused_loss_options(inner.config.model_type)
+        options = fused_loss_options(model.config.model_type)
     except ImportError as error:
         raise NotHere("liger-kernel is not installed") from error
     assert options is not None
-    apply_liger_kernel(inner, options | dict.fromkeys(("rms_norm", "rope"), norms))
+    code = sys.modules[type(model).__module__]
+    before = dict(vars(code))
+    apply_liger_kernel(model, options | dict.fromkeys(("rms_norm", "rope"), norms))
+    exchanged = {name: value for name, value in vars(code).items() if before.get(name) is not value}
+    for name in exchanged:
+        setattr(code, name, before[name])
+    if norms:
+        rotary = exchanged[_ROTARY]
+        candidate.around = lambda: mock.patch.object(code, _ROTARY, rotary)

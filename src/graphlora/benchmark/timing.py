@@ -97,8 +97,8 @@ def interleave(
 ) -> Interleaved:
     """Times the candidates A, B, A, B, ...
 
-    The host runs ahead of a GPU. How far, when a candidate's turn begins, depends on whose turn was before: after a
-    candidate that waits for launches there is no lead, and launches that hide behind kernels in a row of steps show.
+    The host runs ahead of a GPU. How far, when a candidate's turn begins, depends on whose turn was before, where the
+    candidate is called but once in its turn.
 
     Args:
         calls: by name; each does one iteration and ends its phases with `Stopwatch.lap`.
