@@ -276,6 +276,44 @@ SUITES: dict[str, Suite] = {
             "cuda",
         ),
         Suite(
+            "host",
+            tuple(
+                Case(
+                    "host",
+                    f"{shape.name} 8 layers 8x512",
+                    {
+                        "shape": shape.name,
+                        "layers": 8,
+                        "batch": 8,
+                        "length": 512,
+                        "candidates": [
+                            "frozen",
+                            "peft_bfloat16_r16",
+                            "peft_float32_dropout_r16",
+                            "triton_r16",
+                            "triton_dropout_r16",
+                            "eager_r8",
+                        ],
+                    },
+                    40,
+                )
+                for shape in EIGHT_BILLION
+            ),
+            (
+                Case(
+                    "host",
+                    "tiny 2 layers 2x16",
+                    {
+                        "shape": "tiny",
+                        "layers": 2,
+                        "batch": 2,
+                        "length": 16,
+                        "candidates": ["frozen", "triton_r16"],
+                    },
+                ),
+            ),
+        ),
+        Suite(
             "exact",
             _shaped("exact", EIGHT_BILLION, 25, r=8, tokens=1024),
             _shaped("exact", (TINY,), 1, r=2, tokens=24),

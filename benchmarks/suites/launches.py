@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.candidates.ffn import FfnBench, FfnCandidate
 from benchmarks.context import Context
 from benchmarks.failures import NotHere, failures
 from benchmarks.graphs import capture
+from benchmarks.kernels import kernels_of
 from benchmarks.shapes import SHAPES
 from graphlora.benchmark.timing import describe_error, release
 
@@ -59,27 +57,11 @@ def measure(context: Context) -> None:
 
 
 def _count(context: Context, name: str, candidate: FfnCandidate, bench: FfnBench) -> None:
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        candidate.gradients(bench.x, bench.dy)
-        torch.cuda.synchronize()
-    kernels: Counter[str] = Counter()
-    micros: Counter[str] = Counter()
-    copies = 0
-    for event in profiler.events() or []:
-        if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
-            continue
-        if event.name.startswith(("Memcpy", "Memset")):
-            copies += 1
-            continue
-        kernels[event.name[:100]] += 1
-        micros[event.name[:100]] += round(_device_micros(event))
-    listed = [f"{count} x {kernel}: {micros[kernel]} us" for kernel, count in kernels.most_common()]
-    listed.sort(key=lambda line: -int(line.rsplit(": ", 1)[1].split()[0]))
-    context.add(name, "kernels", float(kernels.total()), "launches", copies_and_fills=copies, kernels=listed)
-
-
-def _device_micros(event: Any) -> float:
-    return float(getattr(event, "device_time_total", None) or getattr(event, "cuda_time_total", 0.0))
+    found = kernels_of(partial(candidate.gradients, bench.x, bench.dy))
+    context.add(
+        name, "kernels", float(found.counts.total()), "launches",
+        copies_and_fills=found.copies, kernels=found.lines(),
+    )  # fmt: skip
 
 
 def _find_syncs(context: Context, name: str, candidate: FfnCandidate, bench: FfnBench) -> None:

@@ -18,6 +18,8 @@ def recipe(**options) -> Recipe:
 def test_small_work_on_a_gpu_is_recorded():
     assert choose_step_mode(135_000_000, 16 * 128, GPU) == "graph"
     assert choose_step_mode(135_000_000, 16 * 128, CPU) == "eager"
+    assert choose_step_mode(1_700_000_000, 8 * 512, GPU) == "graph"
+    assert choose_step_mode(2_300_000_000, 8 * 512, GPU) == "eager"
     assert choose_step_mode(135_000_000, 10_000_000, GPU) == "eager"
     assert choose_step_mode(70_000_000_000, 8, GPU) == "eager"
 
