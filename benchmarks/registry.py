@@ -61,6 +61,7 @@ def _ffn_case(shape: Shape, r: int, tokens: int, skew: str, more: bool, seconds:
             "peft_bfloat16_dropout",
             "triton_dropout",
             "triton_recompute",
+            "triton_joined",
             "triton_layer",
             "torch",
             "torch_compiled",
@@ -158,6 +159,7 @@ _MODES = Case(
             "triton_r16",
             "triton_r16_graph",
             "triton_r16_regions",
+            "triton_r16_joined",
             "triton_r16_liger",
             "triton_r16_ligers",
             "triton_dropout_r16",
@@ -167,10 +169,11 @@ _MODES = Case(
             "triton_r8_compiled",
             "triton_r8_ligers",
             "eager_r8",
+            "eager_r8_compiled",
             "loop_r8",
         ],
     },
-    300,
+    150,
 )
 _STEP_TINY = Case(
     "step",

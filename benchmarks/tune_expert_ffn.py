@@ -116,6 +116,7 @@ def run(plan: Any, tokens: int, d: int, f: int, r: int, skew: bool, steps: int) 
             2.0,
             "silu",
             torch.float32,
+            True,
         )
 
     for _ in range(2):

@@ -172,7 +172,7 @@ class FfnBench:
         return FfnCandidate(forward, tuple(p for _, p in trained), tuple(n for n, _ in trained))
 
     def _routed(self, name: str) -> FfnCandidate:
-        base_name = name.removesuffix("_compiled").removesuffix("_dropout").removesuffix("_recompute")
+        base_name, _, way = name.partition("_")
         if base_name not in (*BACKENDS, "loop", "expanded"):
             raise KeyError(name)
         layer, routing = self.layer, self.routing
@@ -181,15 +181,19 @@ class FfnBench:
         settings = MoeSettings(
             "ffn",
             scaling,
-            lora_dropout=DROPOUT if name.endswith("_dropout") else 0.0,
+            lora_dropout=DROPOUT if way == "dropout" else 0.0,
             hidden_dropout=0.0,
             backend=base_name if base_name in BACKENDS else "eager",
-            recompute_gate_up=name.endswith("_recompute"),
+            recompute_gate_up=way == "recompute",
         )
-        frozen = self.frozen_weights
+        frozen, ffn = self.frozen_weights, layer.ffn
+        if way == "joined":
+            # Of its own, because all candidates share the weights of the block.
+            pair = cast(tuple[Tensor, Tensor], torch.cat(frozen[:2]).chunk(2))
+            ffn = replace(ffn, plain_weights=lambda x: pair)
 
         def run(x: Tensor) -> Tensor:
-            return moe_ffn(x, layer.ffn, experts, routing, settings)
+            return moe_ffn(x, ffn, experts, routing, settings)
 
         def run_loop(x: Tensor) -> Tensor:
             with mock.patch.object(graphlora.moe, "expert_ffn_eager", loop_ffn):
@@ -200,7 +204,7 @@ class FfnBench:
             return expanded_ffn(x, frozen, cast_experts, routing.top_k_weights, routing.top_k_index, scaling)
 
         forward = {"loop": run_loop, "expanded": run_expanded}.get(base_name, run)
-        if name.endswith("_compiled"):
+        if way == "compiled":
             forward = torch.compile(forward, dynamic=False, backend=compiler_of(self.device))
         inputs = (*(t for t in experts if t is not None), routing.top_k_weights)
         return FfnCandidate(forward, inputs, (*(f"{p}_{m}" for p in PROJECTIONS for m in "AB"), "weights"))

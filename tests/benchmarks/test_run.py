@@ -33,7 +33,9 @@ def bench() -> FfnBench:
 
 # Dynamo of torch 2.13 makes an instance of the function it traces and warns about it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["torch", "loop", "expanded", "torch_compiled"])
+@pytest.mark.parametrize(
+    "name", ["torch", "loop", "expanded", "torch_compiled", "torch_recompute", "torch_joined"]
+)
 def test_every_routed_candidate_computes_the_same(bench, name):
     truth = bench.candidate("eager").gradients(bench.x, bench.dy)
     values = bench.candidate(name).gradients(bench.x, bench.dy)

@@ -64,6 +64,8 @@ class Case:
         """Output and gradients, by name; everything frozen in `dtype`, the experts in float32 or higher."""
         dtype = dtype or self.x.dtype
         gate, up, down = (t.to(dtype) for t in self.frozen)
+        if self.plain == "joined":
+            gate, up = torch.cat([gate, up]).chunk(2)
         ffn = FrozenFfn(
             lambda x: (x @ gate.T, x @ up.T),
             lambda m: m @ down.T,
@@ -94,6 +96,10 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: f
         (70, 24, 64, 3, 2, 8, "silu", True),
         (33, 24, 37, 4, 2, 4, "gelu_tanh", False),
         (33, 16, 70, 4, 1, 3, "gelu", True),
+        (70, 24, 64, 3, 2, 8, "silu", "joined"),
+        (33, 24, 37, 4, 2, 4, "gelu_tanh", "joined"),
+        (12, 16, 33, 8, 8, 2, "gelu", "joined"),
+        (9, 16, 33, 20, 2, 33, "silu", "joined"),
         (12, 16, 40, 6, 3, 17, "silu", False),
         (12, 16, 33, 8, 8, 2, "silu", True),
         (2, 16, 33, 64, 8, 2, "silu", True),
@@ -106,9 +112,10 @@ def test_equals_the_expert_loop(tokens, d, f, num_experts, top_k, r, act, plain)
     assert_close(case.run(expert_ffn_triton), case.run(expert_ffn_eager), 2e-6)
 
 
+@pytest.mark.parametrize("plain", [True, "joined"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_exact_as_the_loop_in_it(dtype):
-    case = Case(20, 24, 64, 3, 2, 8, dtype=dtype)
+def test_half_precision_is_as_exact_as_the_loop_in_it(dtype, plain):
+    case = Case(20, 24, 64, 3, 2, 8, dtype=dtype, plain=plain)
     exact = case.run(expert_ffn_eager, dtype=torch.float64)
     assert_close(case.run(expert_ffn_triton), exact, 2e-2 if dtype == torch.bfloat16 else 3e-3)
 
@@ -123,8 +130,9 @@ def test_all_tokens_on_the_same_experts(ids):
     assert float(found["gate_B"][idle].abs().max()) == 0.0
 
 
-def test_no_tokens():
-    case = Case(0, 16, 40, 8, 2, 4)
+@pytest.mark.parametrize("plain", [True, "joined"])
+def test_no_tokens(plain):
+    case = Case(0, 16, 40, 8, 2, 4, plain=plain)
     found = case.run(expert_ffn_triton)
     assert found["output"].shape == (0, 16)
     assert all(float(t.abs().sum()) == 0.0 for t in found.values())

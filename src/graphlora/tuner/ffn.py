@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graphlora.errors import GraphLoraError
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
+from graphlora.ops.expert_ffn.joined import join
 from graphlora.ops.lora_linear import plain_matrix
 
 
@@ -134,18 +135,36 @@ class FfnParts:
     def plain_weights(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Weights of gate and up, each `[f, d]`, where they are plain matrices without bias in the dtype of x."""
         pattern = self.pattern
+        if pattern.gate_up_proj is not None:
+            both = _plain_weight(getattr(self.block, pattern.gate_up_proj), x)
+            return None if both is None else both.chunk(2)  # pyright: ignore[reportReturnType] - two of them
         if pattern.gate_proj is None or pattern.up_proj is None:
             return None
-        gate = plain_matrix(getattr(self.block, pattern.gate_proj), x)
-        up = plain_matrix(getattr(self.block, pattern.up_proj), x)
-        if gate is None or up is None or gate[1] is not None or up[1] is not None:
-            return None
-        return gate[0], up[0]
+        gate = _plain_weight(getattr(self.block, pattern.gate_proj), x)
+        up = _plain_weight(getattr(self.block, pattern.up_proj), x)
+        return None if gate is None or up is None else (gate, up)
+
+    def join_weights(self) -> bool:
+        """Moves the weights of gate and up into one piece of memory, where one product does the work of two.
+
+        Modules, parameters and values stay what they are; moving the model to another device or dtype undoes it.
+
+        Returns:
+            Whether the block has two plain weights to join.
+        """
+        pattern = self.pattern
+        if pattern.gate_proj is None or pattern.up_proj is None:
+            return False
+        gate, up = (getattr(self.block, name) for name in (pattern.gate_proj, pattern.up_proj))
+        x = getattr(gate, "weight", None)
+        if not isinstance(x, Tensor) or _plain_weight(gate, x) is None or _plain_weight(up, x) is None:
+            return False
+        join(gate.weight, up.weight)
+        return True
 
     def plain_down(self, hidden: Tensor) -> Tensor | None:
         """Weight of the down projection, `[d, f]`, where it is a plain matrix without bias in the dtype of `hidden`."""
-        down = plain_matrix(getattr(self.block, self.pattern.down_proj), hidden)
-        return None if down is None or down[1] is not None else down[0]
+        return _plain_weight(getattr(self.block, self.pattern.down_proj), hidden)
 
     def project_out(self, hidden: Tensor) -> Tensor:
         """Down projection, bias included."""
@@ -166,6 +185,12 @@ class FfnParts:
     def output_dropout(self) -> float:
         """Probability of the base model's dropout after the down projection."""
         return _dropout_probability(self.block, self.pattern.output_dropout)
+
+
+def _plain_weight(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The layer's weight where calling it on x is a product with that and nothing else."""
+    matrix = plain_matrix(layer, x)
+    return None if matrix is None or matrix[1] is not None else matrix[0]
 
 
 def _dropout_probability(block: nn.Module, name: str | None) -> float:

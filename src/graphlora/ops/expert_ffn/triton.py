@@ -16,6 +16,7 @@ from graphlora.errors import GraphLoraError
 from graphlora.ops.dropout.triton import add_dropped_product, draw_seed, dropped
 from graphlora.ops.expert_ffn import triton_launch
 from graphlora.ops.expert_ffn.inputs import ExpertWeights, FrozenFfn
+from graphlora.ops.expert_ffn.joined import joined
 from graphlora.ops.expert_ffn.recompute import maybe_recompute
 from graphlora.ops.expert_ffn.support import unsupported
 from graphlora.ops.expert_ffn.triton_prepare import Prepared
@@ -142,7 +143,8 @@ class ExpertMix(torch.autograd.Function):
         dropout, scaling, act, columns = settings
         plain = gate is None
         if gate_weight is not None and up_weight is not None:
-            gate, up = x @ gate_weight.T, x @ up_weight.T
+            both = joined(gate_weight, up_weight)
+            gate, up = (x @ gate_weight.T, x @ up_weight.T) if both is None else (x @ both.T).chunk(2, dim=1)
         assert gate is not None
         assert up is not None
         low_A = None
@@ -174,13 +176,16 @@ class ExpertMix(torch.autograd.Function):
         dropout, scaling, act, columns = ctx.settings
         low_gate, low_up = low.split(low.shape[1] // 2, dim=1)
         mix = operation("expert_mix_backward", triton_launch.mix_backward, up)
-        d_gate, d_up, d_low, *d_tables, d_weights = mix(
+        both = joined(gate_weight, up_weight) if ctx.plain else None
+        d_base, d_low, *d_tables, d_weights = mix(
             *grad_outputs, gate, up, low_gate, low_up, b_gate, b_up, a_down,
-            top_k_weights, top_k_index, seed, plan, dropout, scaling, act, ctx.low_dtype,
+            top_k_weights, top_k_index, seed, plan, dropout, scaling, act, ctx.low_dtype, both is not None,
         )  # fmt: skip
         dx = None
-        if ctx.plain and ctx.needs_input_grad[0]:
-            dx = (d_gate @ gate_weight).addmm_(d_up, up_weight)
+        if both is not None:
+            dx = d_base.flatten(1) @ both if ctx.needs_input_grad[0] else None
+        elif ctx.plain and ctx.needs_input_grad[0]:
+            dx = (d_base[0] @ gate_weight).addmm_(d_base[1], up_weight)
         d_A: tuple[Tensor | None, Tensor | None] = (None, None)
         if low_A is not None:
             seen = x if seed is None else dropped(x, seed, dropout, columns)
@@ -189,9 +194,8 @@ class ExpertMix(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = _input_gradient(dx, d_low, low_A, seed, dropout, columns)
         grads = zip((*d_A, *d_tables), ctx.dtypes, strict=True)
-        d_base = (None, None) if ctx.plain else (d_gate, d_up)
         return (
-            dx, *d_base, None, None, None if low_A is not None else d_low,
+            dx, *((None, None) if ctx.plain else d_base.unbind()), None, None, None if low_A is not None else d_low,
             *(None if g is None else g.to(dtype) for g, dtype in grads),
             d_weights.to(top_k_weights.dtype), *(None,) * 8,
         )  # fmt: skip

@@ -136,7 +136,8 @@ def token_gradient_kernel(
     gate, up, d_mixed, low_gate, low_up, d_low_down, gate_B, up_B, down_A, weights, ids, seed,
     token_order, sorted_weights, tile_start, tile_end, tile_experts, tile_count,
     d_gate, d_up, partial_low, partial_weight,
-    T, f, gate_stride, up_stride, mixed_stride, low_gate_stride, low_up_stride, low_down_stride, blocks, scaling,
+    T, f, gate_stride, up_stride, mixed_stride, low_gate_stride, low_up_stride, low_down_stride, d_stride, blocks,
+    scaling,
     K: tl.constexpr, N: tl.constexpr, r: tl.constexpr, R: tl.constexpr, KP: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, UNIFORM: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr, FAST: tl.constexpr, PRECISE: tl.constexpr,
@@ -261,8 +262,8 @@ def token_gradient_kernel(
                 total_weight += tl.where(mine, inner[None], 0.0)
                 dg_sum += tl.where(selected, w * dg, 0.0)
                 du_sum += tl.where(selected, w * du, 0.0)
-        tl.store(d_gate + row[:, None] * f + c[None, :], dg_sum.to(dtype), mask=inside)
-        tl.store(d_up + row[:, None] * f + c[None, :], du_sum.to(dtype), mask=inside)
+        tl.store(d_gate + row[:, None] * d_stride + c[None, :], dg_sum.to(dtype), mask=inside)
+        tl.store(d_up + row[:, None] * d_stride + c[None, :], du_sum.to(dtype), mask=inside)
     if UNIFORM:
         for k in tl.static_range(K):
             place = (split * T + row) * K + k

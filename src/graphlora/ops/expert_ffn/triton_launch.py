@@ -80,8 +80,8 @@ _library.define(
 _library.define(
     "expert_mix_backward(Tensor d_mixed, Tensor d_low_down, Tensor gate, Tensor up, Tensor low_gate, Tensor low_up, "
     "Tensor gate_B, Tensor up_B, Tensor down_A, Tensor top_k_weights, Tensor top_k_index, Tensor? seed, Tensor plan, "
-    "float dropout, float scaling, str act, ScalarType low_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "float dropout, float scaling, str act, ScalarType low_dtype, bool joined) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -107,7 +107,8 @@ def _sizes(up: Tensor, down_A: Tensor, top_k_index: Tensor, dropout: float, act:
     precise = up.dtype == torch.float32 or interprets_triton()
     constants = {
         "K": top_k, "N": num_experts, "r": r, "R": max(16, next_power_of_2(r)),
-        "WIDE": tokens * f > _INT32, "ACT": act, "FAST": not precise, "PRECISE": precise,
+        # Rows of gate and up may be 2 f apart.
+        "WIDE": 2 * tokens * f > _INT32, "ACT": act, "FAST": not precise, "PRECISE": precise,
         "DROPOUT": dropout > 0, "THRESHOLD": int(dropout * 2**32), "INVERSE": 1 / (1 - dropout),
     }  # fmt: skip
     plan = _plan_shape(tokens, down_A, top_k_index, up.dtype)
@@ -169,18 +170,20 @@ def _low_block(columns: int) -> int:
 def mix_backward(
     d_mixed: Tensor, d_low_down: Tensor, gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor,
     gate_B: Tensor, up_B: Tensor, down_A: Tensor, top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None,
-    plan: Tensor, dropout: float, scaling: float, act: str, low_dtype: torch.dtype,
+    plan: Tensor, dropout: float, scaling: float, act: str, low_dtype: torch.dtype, joined: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sizes = _sizes(up, down_A, top_k_index, dropout, act)
     tokens, f, r, top_k = sizes.tokens, sizes.f, sizes.r, sizes.top_k
     inputs = [_rows(t) for t in (gate, up, d_mixed, low_gate, low_up, d_low_down)]
     strides = [t.stride(0) for t in inputs]
-    d_gate, d_up = (torch.empty(tokens, f, dtype=up.dtype, device=up.device) for _ in range(2))
+    # Of gate and up: beside each other in the rows of one matrix, or one matrix behind the other.
+    d_base = torch.empty(*((tokens, 2, f) if joined else (2, tokens, f)), dtype=up.dtype, device=up.device)
+    d_gate, d_up = d_base.unbind(1 if joined else 0)
     d_low = torch.empty(tokens, 2 * sizes.num_experts * r, dtype=low_dtype, device=up.device)
     d_tables = [torch.empty(t.shape, dtype=torch.float32, device=up.device) for t in (gate_B, up_B, down_A)]
     d_weights = torch.empty(tokens, top_k, dtype=torch.float32, device=up.device)
     if tokens == 0:
-        return d_gate, d_up, d_low, *(t.zero_() for t in d_tables), d_weights
+        return d_base, d_low, *(t.zero_() for t in d_tables), d_weights
     top_k_weights, top_k_index = top_k_weights.contiguous(), top_k_index.contiguous()
     tables = (gate_B, up_B, down_A, top_k_weights, top_k_index)
     order, sorted_weights, start, end, count, experts = sizes.plan.parts(plan)
@@ -191,7 +194,7 @@ def mix_backward(
     triton_kernels.token_gradient_kernel[(sizes.plan.tiles, splits)](
         *inputs, *tables, seed, order, sorted_weights, start, end, experts, count,
         d_gate, d_up, partial_low, partial_weight,
-        tokens, f, *strides, blocks, scaling, **constants,
+        tokens, f, *strides, d_gate.stride(0), blocks, scaling, **constants,
     )  # fmt: skip
     partial = _weight_gradients(sizes, inputs, tables, seed, plan, scaling)
     columns = sizes.num_experts * r
@@ -204,7 +207,7 @@ def mix_backward(
         K=top_k, N=sizes.num_experts, r=r, R=sizes.constants["R"], SLOTS=partial[0].shape[1],
         BT=_LOW_ROWS, BC=block, BF=_TABLE_ROWS,
     )  # fmt: skip
-    return d_gate, d_up, d_low, *d_tables, d_weights
+    return d_base, d_low, *d_tables, d_weights
 
 
 def _weight_gradients(
@@ -269,12 +272,13 @@ def _forward_fake(gate: Tensor, up: Tensor, *others: Any) -> tuple[Tensor, Tenso
 def _backward_fake(
     d_mixed: Tensor, d_low_down: Tensor, gate: Tensor, up: Tensor, low_gate: Tensor, low_up: Tensor,
     gate_B: Tensor, up_B: Tensor, down_A: Tensor, top_k_weights: Tensor, top_k_index: Tensor, seed: Tensor | None,
-    plan: Tensor, dropout: float, scaling: float, act: str, low_dtype: torch.dtype,
+    plan: Tensor, dropout: float, scaling: float, act: str, low_dtype: torch.dtype, joined: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     tables = (t.new_empty(t.shape, dtype=torch.float32) for t in (gate_B, up_B, down_A))
     d_low = up.new_empty(len(up), 2 * down_A.shape[0] * down_A.shape[1], dtype=low_dtype)
     d_weights = up.new_empty(top_k_index.shape, dtype=torch.float32)
-    return up.new_empty(up.shape), up.new_empty(up.shape), d_low, *tables, d_weights
+    tokens, f = up.shape
+    return up.new_empty((tokens, 2, f) if joined else (2, tokens, f)), d_low, *tables, d_weights
 
 
 for _device in ("CUDA", "CPU"):
