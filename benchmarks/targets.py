@@ -107,6 +107,17 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "5",
+        "the same, the step compiled (`--step_mode compile`)",
+        "step",
+        r"llama3-8b modes.*",
+        "triton_r8_compiled",
+        ("eager_r8", "loop_r8"),
+        "full",
+        1 / 3,
+        1 / 4,
+    ),
+    Target(
+        "5",
         "step / the released code's way, in the same run",
         "step",
         r"llama3-8b 8 layers .*",
