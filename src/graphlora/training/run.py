@@ -152,6 +152,10 @@ def _train(
     how = {"step_mode": mode, "loss_kernel": "none" if liger is None else "liger"}
     metrics = _run(trainer, recipe, checkpoint, interrupts) | {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
+    if "train_seconds" not in metrics:
+        record = _finished_before(output, record)
+        if trainer.is_world_process_zero() and not workbench.quiet:
+            sys.stderr.write(f"the run had ended at step {metrics['steps']}; nothing was left to train\n")
     if trainer.is_world_process_zero():
         (output / MANIFEST_FILE).unlink(missing_ok=True)
         save(model, output)
@@ -192,6 +196,16 @@ def _record(
         peak_memory=memory,
         data_hash=data_hash([*train_rows, *(data.validation.rows if data.validation else [])]),
     )
+
+
+def _finished_before(output: Path, record: RunRecord) -> RunRecord:
+    """The record of a run that has nothing left to train: the one it wrote at its end, where there is one."""
+    try:
+        before = RunRecord.read(output / RECORD_FILE)
+    except GraphLoraError:
+        return record
+    same = before.config_hash == record.config_hash and before.metrics.get("steps") == record.metrics["steps"]
+    return before if same else record
 
 
 def _rows_of(data: RunData, metrics: dict[str, Any]) -> tuple[list[Any], int]:
@@ -259,9 +273,6 @@ def _run(
 
 def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str, Any]:
     state = trainer.state
-    steps = max(1, state.global_step - first_step)
-    seconds = max(1e-9, result.metrics["train_runtime"] - trainer.seconds_aside)
-    tokens = int(trainer.tokens_seen)
     chosen = trainer.args.load_best_model_at_end and state.best_global_step
     step = state.best_global_step if chosen else state.global_step
     validations = [entry for entry in state.log_history if "eval_loss" in entry]
@@ -271,11 +282,21 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
         "steps": state.global_step,
         "epochs": state.epoch,
         "kept_step": step,
-        "train_loss": result.training_loss,
         **{k: v for k, v in kept.items() if k.startswith("eval_") and not k.endswith(speed)},
         **({} if trainer.stream is None else {"rows_taken": trainer.stream.place.row}),
+        **_measured(trainer, result, state.global_step - first_step),
+    }
+
+
+def _measured(trainer: AdapterTrainer, result: Any, steps: int) -> dict[str, float]:
+    """Loss and speed of the steps that were trained; nothing where none was left."""
+    if steps == 0:
+        return {}
+    seconds = max(1e-9, result.metrics["train_runtime"] - trainer.seconds_aside)
+    return {
+        "train_loss": result.training_loss,
         "step_time": seconds / steps,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": int(trainer.tokens_seen) / seconds,
         "train_seconds": seconds,
     }
 

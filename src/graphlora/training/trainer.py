@@ -35,8 +35,8 @@ from graphlora.training.checkpoints import (
     seal,
     writing,
 )
-from graphlora.training.guarded_trainer import GuardedTrainer
 from graphlora.training.nonfinite import NonFiniteError
+from graphlora.training.resumed_trainer import ResumedTrainer
 from graphlora.training.streaming import StreamLoader, write_place
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
@@ -90,7 +90,7 @@ class EpochOrder(TrainerCallback):
         self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
-class AdapterTrainer(GuardedTrainer):
+class AdapterTrainer(ResumedTrainer):
     """`Trainer` for adapters.
 
     It validates with the task's accuracy beside the loss, stops at or leaves out a step that is not finite, orders
@@ -132,7 +132,6 @@ class AdapterTrainer(GuardedTrainer):
         self.truncate = truncate
         self.seconds_aside = 0.0
         self.tokens_seen: Tensor | int = 0
-        self.last_saved: Path | None = None
         self._staging: Path | None = None
         self._records_steps = records_steps
         self._captured: CapturedSteps | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
@@ -90,9 +90,7 @@ def make_trainer(
     if stream is not None:
         trainer.add_callback(StreamEpochs(lambda: stream.epochs))
     if recipe.early_stopping_patience is not None:
-        trainer.add_callback(
-            EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold)
-        )
+        trainer.stop_early(recipe.early_stopping_patience, recipe.early_stopping_threshold)
     return trainer
 
 
