@@ -47,6 +47,11 @@ def test_a_recipe_file_with_overrides(graphlora, adapter, tmp_path):
         (["--loss_kernel", "liger"], "loss_kernel is liger, but"),
         (["--step_mode", "graph", "--loss_kernel", "liger"], "choose one"),
         (["--training_args.torch_compile", "true"], "use --step_mode compile"),
+        (
+            ["--metric_for_best_model", "f1"],
+            "scoring does not measure; use one of acc_norm, acc, loss, or leave",
+        ),
+        (["--scoring", "letter", "--metric_for_best_model", "acc_norm"], "use one of acc, loss, or leave"),
         (["--loraplus_lr_ratio", 0], "loraplus_lr_ratio is 0.0; give a number above 0"),
     ],
 )

@@ -377,6 +377,23 @@ def test_free_text_is_validated_by_its_loss(tiny_recipe, texts_file):
     assert "eval_acc" not in result.metrics
 
 
+def test_only_what_validation_measures_can_choose_the_checkpoint(
+    tiny_recipe, texts_file, choices_file, tmp_path
+):
+    texts = Recipe.from_dict(tiny_recipe | {"task": str(texts_file), "metric_for_best_model": "acc"})
+    with pytest.raises(
+        GraphLoraError, match=r"metric_for_best_model is 'acc'.*use one of loss, or leave it out"
+    ):
+        train(texts)
+    assert train(texts.changed(metric_for_best_model="eval_loss", max_steps=1)).metrics["kept_step"] == 1
+    other = tmp_path / "other.jsonl"
+    other.write_text(choices_file.read_text().replace("What color", "Which color"))
+    tasks = {str(choices_file): 2.0, str(other): 1.0}
+    mixture = tiny_recipe | {"task": tasks, "output_dir": str(tmp_path / "mixture"), "max_steps": 1}
+    best = train(Recipe.from_dict(mixture | {"metric_for_best_model": f"{other}_acc"}))
+    assert best.metrics[f"eval_{other}_acc"] >= 0
+
+
 def test_a_mixture_reports_each_task_and_their_mean(tiny_recipe, choices_file, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(choices_file.read_text().replace("What color", "Which color"))

@@ -187,7 +187,10 @@ class Recipe:
     )
     load_best_model_at_end: bool = option("evaluation", "keep the checkpoint that validates best", True)
     metric_for_best_model: str | None = option(
-        "evaluation", "left out: acc_norm (cloze), acc (letter), or loss for free text", None
+        "evaluation",
+        "acc_norm (cloze), acc, loss, or of one task of a mixture TASK_acc; left out: acc_norm (cloze), acc (letter), "
+        "or loss for free text",
+        None,
     )
     early_stopping_patience: int | None = option(
         "evaluation", "stop after this many validations without a gain", None

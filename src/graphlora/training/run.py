@@ -49,7 +49,7 @@ from graphlora.training.recipe import Recipe
 from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
-from graphlora.training.run_data import RunData, default_metric
+from graphlora.training.run_data import RunData, chosen_metric
 from graphlora.training.step_mode import resolve_step_mode
 from graphlora.training.streaming import BadRow, TokenStream
 from graphlora.training.trainer import AdapterTrainer
@@ -132,9 +132,7 @@ def _train(
     facts.rows = getattr(data.train, "rows", None)
     mode = resolve_step_mode(recipe, base, device, data.train.longest)
     liger = liger_options(recipe, base.config.model_type, device, mode)
-    recipe = recipe.changed(
-        metric_for_best_model=recipe.metric_for_best_model or default_metric(recipe, data)
-    )
+    recipe = recipe.changed(metric_for_best_model=chosen_metric(recipe, data))
     set_seed(recipe.seed)
     model = add_adapter(base, recipe)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
