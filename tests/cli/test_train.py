@@ -1,5 +1,6 @@
 """`graphlora train`: what it leaves and says, and in real processes Ctrl-C and going on."""
 
+import json
 import re
 import shlex
 import signal
@@ -27,6 +28,40 @@ def test_a_recipe_file_with_overrides(graphlora, adapter, tmp_path):
     written = (tmp_path / "b" / "config.yaml").read_text()
     assert "max_steps: 2" in written
     assert "adam_beta2: 0.9" in written
+
+
+CHOICES = [
+    {"question": f"{n}?", "choices": ["b", "c"], "answer": "b", "split": "test" if n == 9 else "train"}
+    for n in range(10)
+]
+TEXTS = [{"prompt": f"{n}?", "completion": "b"} for n in range(10)]
+
+
+@pytest.mark.parametrize("kind", ["with a test split", "choices", "texts"])
+def test_the_next_commands_work(graphlora, train_words, tmp_path, kind):
+    rows = TEXTS if kind == "texts" else CHOICES
+    left_out = {"split"} if kind == "choices" else set()
+    path, out = tmp_path / "my rows.jsonl", tmp_path / "out"
+    lines = [json.dumps({key: row[key] for key in row if key not in left_out}) for row in rows]
+    path.write_text("\n".join(lines))
+    code, told, _ = graphlora(*train_words, "--task", path, "--max_steps", 1, "--output_dir", out)
+    assert code == 0
+    commands = [line.strip() for line in told.partition("next: ")[2].splitlines()]
+    evaluated = [line for line in commands if line.startswith("graphlora evaluate")]
+    assert commands[len(evaluated) :] == [f"graphlora generate {out}", f"graphlora info {out}"]
+    if kind == "texts":
+        assert evaluated == []
+        code, _, error = graphlora("evaluate", out, "--task", path, "--split", "all")
+        assert code == 2
+        assert (
+            f"{path} has no choices; only multiple-choice data can be scored: give rows with question,"
+            in error
+        )
+        return
+    code, told, error = graphlora(*shlex.split(evaluated[0], comments=True)[1:])
+    assert code == 0, error
+    count = 1 if kind == "with a test split" else 10
+    assert re.search(rf"my rows.jsonl +{count} ", told)
 
 
 @pytest.mark.parametrize(

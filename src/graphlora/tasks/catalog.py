@@ -14,6 +14,7 @@ from graphlora.tasks.openbookqa import OPENBOOKQA
 from graphlora.tasks.piqa import PIQA
 from graphlora.tasks.quiz import QUIZ
 from graphlora.tasks.rows import SUFFIXES
+from graphlora.tasks.shapes import CHOICE_COLUMNS
 from graphlora.tasks.social_iqa import SOCIAL_IQA
 from graphlora.tasks.task import Task
 from graphlora.tasks.winogrande import WINOGRANDE
@@ -70,3 +71,20 @@ def load_examples(
         f"unknown task {spec!r}; choose one of {', '.join(TASKS)}, a data file ({', '.join(SUFFIXES)}) or a "
         f"folder of them, or {HUB_PREFIX}owner/name"
     )
+
+
+def load_choices(
+    spec: str, split: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0
+) -> list[Example]:
+    """Examples of data to score, which must be multiple choice; see `load_examples`.
+
+    Raises:
+        GraphLoraError: Also for data without choices; names it and the columns that are needed.
+    """
+    examples = load_examples(spec, split, data_dir=data_dir, limit=limit, seed=seed)
+    items = [example for example in examples if isinstance(example, Example)]
+    if len(items) < len(examples):
+        raise GraphLoraError(
+            f"{spec} has no choices; only multiple-choice data can be scored: give rows with {CHOICE_COLUMNS}"
+        )
+    return items
