@@ -149,7 +149,8 @@ class Recipe:
     step_mode: Literal["auto", "eager", "compile", "graph"] = option(
         "training",
         "how a step runs: eager, kernel by kernel; graph, recorded once per shape as a CUDA graph, which makes "
-        "small models and short rows faster; compile, by torch.compile; auto: eager",
+        "small models and short rows faster; compile, by torch.compile; auto: graph for small models on an NVIDIA GPU, "
+        "else eager",
         "auto",
     )
     loss_kernel: Literal["auto", "liger", "none"] = option(
