@@ -98,6 +98,21 @@ def test_mistakes_come_before_training_and_leave_nothing(graphlora, train_words,
     assert list((tmp_path / "out").glob("*")) == []
 
 
+def test_a_backend_that_cannot_run_is_named_before_anything_is_written(
+    graphlora, train_words, tmp_path, monkeypatch
+):
+    words = [*train_words, "--output_dir", tmp_path / "out", "--max_steps", 1, "--backend"]
+    with monkeypatch.context() as patch:
+        patch.setattr("graphlora.ops.backend.has_triton", lambda: False)
+        patch.setattr("graphlora.training.run.make_trainer", None)
+        code, _, error = graphlora(*words, "triton")
+    assert code == 2
+    assert "backend='triton': its kernels run on CUDA devices, not on 'cpu'; use backend='auto'" in error
+    assert list((tmp_path / "out").iterdir()) == []
+    code, _, error = graphlora(*words, "torch")
+    assert code == 0, error
+
+
 GOOD = '{"question": "%d?", "choices": ["b", "c"], "answer": "b"}'
 
 

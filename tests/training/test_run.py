@@ -261,6 +261,24 @@ def test_an_existing_run_is_neither_overwritten_nor_lost(tiny_recipe):
     assert not all(torch.equal(value, before[name]) for name, value in weights(recipe.output_dir).items())
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_is_in_nobodys_way(tiny_recipe, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    recipe = Recipe.from_dict(tiny_recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", fail)
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            train(recipe)
+    assert train(recipe.changed(r=2)).metrics["steps"] == 6
+    written = Path(recipe.output_dir) / "config.yaml"
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", fail)
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            train(Recipe.from_yaml(written), overwrite=True)
+    assert Recipe.from_yaml(written).r == 2
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(tiny_recipe):
     train(Recipe.from_dict(tiny_recipe | {"load_best_model_at_end": False}))
     newest = Path(tiny_recipe["output_dir"]) / "checkpoints" / "checkpoint-6" / "optimizer.pt"

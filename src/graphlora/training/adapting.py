@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 from graphlora.errors import GraphLoraError
+from graphlora.ops.backend import resolve_backend
 from graphlora.training.recipe import Recipe, suggestion
 from graphlora.tuner.config import GraphLoraConfig
+from graphlora.tuner.layer import GraphLoraLayer
 from graphlora.tuner.register import register
 
 
@@ -50,3 +53,11 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         raise GraphLoraError(f"cannot adapt the model: {' '.join(str(error).split())}") from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def check_backend(model: PeftModel, device: torch.device) -> None:
+    """Raise `GraphLoraError` where the adapter's backend cannot run on the device, which a step would find out late."""
+    for module in model.modules():
+        if isinstance(module, GraphLoraLayer):
+            for name, config in module.configs.items():
+                resolve_backend(config.backend, device.type, module.unsupported[name])

@@ -7,6 +7,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord, data_hash, flush, write_text
-from graphlora.training.adapting import add_adapter
+from graphlora.training.adapting import add_adapter, check_backend
 from graphlora.training.arguments import needed_bytes
 from graphlora.training.callbacks import StopOnSignal
 from graphlora.training.checkpoints import (
@@ -31,6 +33,7 @@ from graphlora.training.checkpoints import (
     prepare_output,
     refused_pickle,
     remove_run,
+    withdraw_recipe,
     writing,
 )
 from graphlora.training.data import (
@@ -135,20 +138,19 @@ def _train(
     recipe = recipe.changed(metric_for_best_model=chosen_metric(recipe, data))
     set_seed(recipe.seed)
     model = add_adapter(base, recipe)
+    check_backend(model, device)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_space(output, needed_bytes(recipe, num_trained))
     trainer = make_trainer(recipe, model, tokenizer, data, dtype, mode, liger, checkpoint)
     check_sharded(trainer.is_fsdp_enabled, device)
     for callback in workbench.callbacks(trainer):
         trainer.add_callback(callback)
-    if trainer.is_world_process_zero():
-        if overwrite:
-            remove_run(output)
-        write_text(output / RECIPE_FILE, recipe.to_yaml())
-        if not workbench.quiet:
+    with _begun(trainer, recipe, output, overwrite):
+        if trainer.is_world_process_zero() and not workbench.quiet:
             _tell(recipe, data, num_trained, checkpoint, resume)
+        metrics = _run(trainer, recipe, checkpoint, interrupts)
     how = {"step_mode": mode, "loss_kernel": "none" if liger is None else "liger"}
-    metrics = _run(trainer, recipe, checkpoint, interrupts) | {"num_trained": num_trained} | how
+    metrics |= {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
     if "train_seconds" not in metrics:
         record = _finished_before(output, record)
@@ -174,6 +176,27 @@ def _start(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Path 
             Recipe.from_yaml(output / RECIPE_FILE), recipe, (before or num_processes(), num_processes())
         )
     return checkpoint
+
+
+@contextmanager
+def _begun(trainer: AdapterTrainer, recipe: Recipe, output: Path, overwrite: bool) -> Iterator[None]:
+    """A run whose recipe is written; where it fails before its first checkpoint, the recipe is taken away again.
+
+    So the corrected command finds no run in its way. A loss that is not finite leaves the recipe: its message names it.
+    """
+    with ExitStack() as stack:
+        if trainer.is_world_process_zero():
+            if not (output / RECIPE_FILE).exists():
+                stack.callback(withdraw_recipe, output)
+            if overwrite:
+                remove_run(output)
+            write_text(output / RECIPE_FILE, recipe.to_yaml())
+        try:
+            yield
+        except NonFiniteError:
+            stack.pop_all()
+            raise
+        stack.pop_all()
 
 
 def _record(
