@@ -87,6 +87,8 @@ def test_the_next_commands_work(graphlora, train_words, tmp_path, kind):
             "scoring does not measure; use one of acc_norm, acc, loss, or leave",
         ),
         (["--scoring", "letter", "--metric_for_best_model", "acc_norm"], "use one of acc, loss, or leave"),
+        (["--layers_to_transform", "[0, 2]"], "names layer 2; the model's layers are numbered 0 to 1"),
+        (["--layers_to_transform", -1], "names layer -1; the model's layers are numbered 0 to 1"),
         (["--loraplus_lr_ratio", 0], "loraplus_lr_ratio is 0.0; give a number above 0"),
     ],
 )
@@ -96,6 +98,13 @@ def test_mistakes_come_before_training_and_leave_nothing(graphlora, train_words,
     assert error.startswith("graphlora: error: ")
     assert line in error
     assert list((tmp_path / "out").glob("*")) == []
+
+
+def test_a_tracker_that_is_missing_is_to_be_installed(graphlora, train_words, tmp_path, monkeypatch):
+    monkeypatch.setattr("graphlora.training.trainer_setup.is_tensorboard_available", lambda: False)
+    code, _, error = graphlora(*train_words, "--output_dir", tmp_path / "out", "--report_to", "tensorboard")
+    assert code == 2
+    assert "report_to is tensorboard, which is not installed; pip install tensorboard, or" in error
 
 
 def test_a_backend_that_cannot_run_is_named_before_anything_is_written(

@@ -42,8 +42,9 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """The model with a fresh adapter in float32; call `set_seed` before, the weights are random.
 
     Raises:
-        GraphLoraError: See `adapter_config`; or the model has no module to adapt.
+        GraphLoraError: See `adapter_config`; or the model has no module to adapt, or no layer of that number.
     """
+    _check_layers(recipe, model)
     config = adapter_config(recipe)
     try:
         adapted = get_peft_model(model, config)
@@ -61,3 +62,13 @@ def check_backend(model: PeftModel, device: torch.device) -> None:
         if isinstance(module, GraphLoraLayer):
             for name, config in module.configs.items():
                 resolve_backend(config.backend, device.type, module.unsupported[name])
+
+
+def _check_layers(recipe: Recipe, model: PreTrainedModel) -> None:
+    wanted = recipe.adapter_options().get("layers_to_transform")
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for layer in [wanted] if isinstance(wanted, int) else wanted or []:
+        if count is not None and not 0 <= layer < count:
+            raise GraphLoraError(
+                f"layers_to_transform names layer {layer}; the model's layers are numbered 0 to {count - 1}"
+            )
