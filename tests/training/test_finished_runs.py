@@ -104,3 +104,10 @@ def test_a_share_of_the_steps_is_no_other_value_in_a_checkpoint(tiny_recipe, mon
     again = train(recipe, resume=True)
     assert warned == []
     assert [entry["step"] for entry in again.history] == [entry["step"] for entry in whole.history]
+
+
+def test_changed_intervals_take_effect_on_resume(tiny_recipe):
+    options = tiny_recipe | {"max_steps": 3, "eval_steps": 3}
+    train(Recipe.from_dict(options))
+    result = train(Recipe.from_dict(options | {"max_steps": 5, "eval_steps": 1}), resume=True)
+    assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [3, 4, 5]

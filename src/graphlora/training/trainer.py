@@ -367,7 +367,9 @@ class AdapterTrainer(ResumedTrainer):
             raise NonFiniteError(f"weights are not finite after step {self.state.global_step}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore both; a learning rate or weight decay that the recipe changed since takes effect."""
+        """Restore both; a learning rate, weight decay or interval that the recipe changed since takes effect."""
+        # The checkpoint's state has brought the intervals of the recipe that it was written under.
+        self.state.compute_steps(self.args, self.state.max_steps)
         if self.optimizer is None or self.lr_scheduler is None or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
