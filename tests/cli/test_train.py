@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from graphlora.cli.main import main
+
 COMMAND = [sys.executable, "-u", "-W", "ignore", "-m", "graphlora.cli"]
 
 
@@ -28,6 +30,17 @@ def test_a_recipe_file_with_overrides(graphlora, adapter, tmp_path):
     written = (tmp_path / "b" / "config.yaml").read_text()
     assert "max_steps: 2" in written
     assert "adam_beta2: 0.9" in written
+
+
+@pytest.mark.parametrize("method", ["graphlora", "lora"])
+def test_the_loss_of_steps_is_told_from_that_of_validations(train_words, tmp_path, capsys, method):
+    words = [str(word) for word in train_words]
+    if method == "lora":
+        position = words.index("--num_experts")
+        words[position : position + 2] = ["--method", "lora"]
+    assert main([*words, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]) == 0
+    note = "loss: of steps with the routers' losses, of validations without them"
+    assert (note in capsys.readouterr().err.splitlines()) == (method == "graphlora")
 
 
 CHOICES = [

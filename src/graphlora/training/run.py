@@ -369,6 +369,8 @@ def _tell(recipe: Recipe, data: RunData, num_trained: int, checkpoint: Path | No
         f"{recipe.method} on {recipe.model} ({recipe.dtype}): {num_trained:,} parameters to train",
         f"{_described(data.train, recipe)}; output in {recipe.output_dir}",
     ]
+    if recipe.method == "graphlora" and not recipe.training_args.get("disable_tqdm"):
+        lines.append("loss: of steps with the routers' losses, of validations without them")
     for name, part in (("training", data.train), ("validation", data.validation)):
         if isinstance(part, Encoded) and (part.num_cut or part.num_dropped):
             lines.append(
