@@ -47,6 +47,15 @@ def is_data(spec: str) -> bool:
     return spec.startswith(HUB_PREFIX) or spec.endswith(SUFFIXES) or Path(spec).exists()
 
 
+def check_known(spec: str) -> None:
+    """Raise `GraphLoraError` for what is neither a task's name nor meant as the user's data."""
+    if find_task(spec) is None and not is_data(spec):
+        raise GraphLoraError(
+            f"unknown task {spec!r}; choose one of {', '.join(TASKS)}, a data file ({', '.join(SUFFIXES)}) or a "
+            f"folder of them, or {HUB_PREFIX}owner/name"
+        )
+
+
 def load_examples(
     spec: str, split: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0
 ) -> list[Example] | list[TextExample]:
@@ -65,12 +74,8 @@ def load_examples(
     task = find_task(spec)
     if task is not None:
         return task.load(split, data_dir=data_dir, limit=limit, seed=seed)
-    if is_data(spec):
-        return load_custom(spec, split, limit=limit, seed=seed)
-    raise GraphLoraError(
-        f"unknown task {spec!r}; choose one of {', '.join(TASKS)}, a data file ({', '.join(SUFFIXES)}) or a "
-        f"folder of them, or {HUB_PREFIX}owner/name"
-    )
+    check_known(spec)
+    return load_custom(spec, split, limit=limit, seed=seed)
 
 
 def load_choices(
