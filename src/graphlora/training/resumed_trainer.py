@@ -60,7 +60,8 @@ class ResumedTrainer(GuardedTrainer):
         state = TrainerState.load_from_json(str(self.last_saved / STATE_FILE))
         if state.global_step >= max_steps:
             return True
-        stopping: Any = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        saved: Any = state.stateful_callbacks or {}
+        stopping = saved.get(EarlyStoppingCallback.__name__)
         if self.patience is None or not stopping:
             return False
         return stopping["attributes"]["early_stopping_patience_counter"] >= self.patience
