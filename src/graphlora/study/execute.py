@@ -104,7 +104,8 @@ def _drop_uneven_checkpoints(work: Path) -> None:
     if last is None:
         return
     state = json.loads((last / STATE_FILE).read_text(encoding="utf-8"))
-    if state["global_step"] < state["max_steps"] and state["global_step"] % max(1, int(state.get("logging_steps") or 1)):
+    step, interval = state["global_step"], max(1, int(state.get("logging_steps") or 1))
+    if step < state["max_steps"] and step % interval:
         shutil.rmtree(work, ignore_errors=True)
 
 
