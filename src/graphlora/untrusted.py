@@ -58,7 +58,8 @@ def parse_json(text: str, where: str) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise GraphLoraError(f"{where}: broken JSON ({error.msg} at {line}column {error.colno})") from error
+        problem = error.msg.removesuffix(" at")
+        raise GraphLoraError(f"{where}: broken JSON ({problem} at {line}column {error.colno})") from error
     except RecursionError as error:
         raise _too_deep(where) from error
     except ValueError as error:

@@ -1,5 +1,6 @@
 """`graphlora train`: what it leaves and says, and in real processes Ctrl-C and going on."""
 
+import json
 import re
 import shlex
 import signal
@@ -8,6 +9,8 @@ import sys
 import time
 
 import pytest
+
+from graphlora.cli.main import main
 
 COMMAND = [sys.executable, "-u", "-W", "ignore", "-m", "graphlora.cli"]
 
@@ -29,6 +32,51 @@ def test_a_recipe_file_with_overrides(graphlora, adapter, tmp_path):
     assert "adam_beta2: 0.9" in written
 
 
+@pytest.mark.parametrize("method", ["graphlora", "lora"])
+def test_the_loss_of_steps_is_told_from_that_of_validations(train_words, tmp_path, capsys, method):
+    words = [str(word) for word in train_words]
+    if method == "lora":
+        position = words.index("--num_experts")
+        words[position : position + 2] = ["--method", "lora"]
+    assert main([*words, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]) == 0
+    note = "loss: of steps with the routers' losses, of validations without them"
+    assert (note in capsys.readouterr().err.splitlines()) == (method == "graphlora")
+
+
+CHOICES = [
+    {"question": f"{n}?", "choices": ["b", "c"], "answer": "b", "split": "test" if n == 9 else "train"}
+    for n in range(10)
+]
+TEXTS = [{"prompt": f"{n}?", "completion": "b"} for n in range(10)]
+
+
+@pytest.mark.parametrize("kind", ["with a test split", "choices", "texts"])
+def test_the_next_commands_work(graphlora, train_words, tmp_path, kind):
+    rows = TEXTS if kind == "texts" else CHOICES
+    left_out = {"split"} if kind == "choices" else set()
+    path, out = tmp_path / "my rows.jsonl", tmp_path / "out"
+    lines = [json.dumps({key: row[key] for key in row if key not in left_out}) for row in rows]
+    path.write_text("\n".join(lines))
+    code, told, _ = graphlora(*train_words, "--task", path, "--max_steps", 1, "--output_dir", out)
+    assert code == 0
+    commands = [line.strip() for line in told.partition("next: ")[2].splitlines()]
+    evaluated = [line for line in commands if line.startswith("graphlora evaluate")]
+    assert commands[len(evaluated) :] == [f"graphlora generate {out}", f"graphlora info {out}"]
+    if kind == "texts":
+        assert evaluated == []
+        code, _, error = graphlora("evaluate", out, "--task", path, "--split", "all")
+        assert code == 2
+        assert (
+            f"{path} has no choices; only multiple-choice data can be scored: give rows with question,"
+            in error
+        )
+        return
+    code, told, error = graphlora(*shlex.split(evaluated[0], comments=True)[1:])
+    assert code == 0, error
+    count = 1 if kind == "with a test split" else 10
+    assert re.search(rf"my rows.jsonl +{count} ", told)
+
+
 @pytest.mark.parametrize(
     ("extra", "line"),
     [
@@ -47,6 +95,13 @@ def test_a_recipe_file_with_overrides(graphlora, adapter, tmp_path):
         (["--loss_kernel", "liger"], "loss_kernel is liger, but"),
         (["--step_mode", "graph", "--loss_kernel", "liger"], "choose one"),
         (["--training_args.torch_compile", "true"], "use --step_mode compile"),
+        (
+            ["--metric_for_best_model", "f1"],
+            "scoring does not measure; use one of acc_norm, acc, loss, or leave",
+        ),
+        (["--scoring", "letter", "--metric_for_best_model", "acc_norm"], "use one of acc, loss, or leave"),
+        (["--layers_to_transform", "[0, 2]"], "names layer 2; the model's layers are numbered 0 to 1"),
+        (["--layers_to_transform", -1], "names layer -1; the model's layers are numbered 0 to 1"),
         (["--loraplus_lr_ratio", 0], "loraplus_lr_ratio is 0.0; give a number above 0"),
     ],
 )
@@ -56,6 +111,28 @@ def test_mistakes_come_before_training_and_leave_nothing(graphlora, train_words,
     assert error.startswith("graphlora: error: ")
     assert line in error
     assert list((tmp_path / "out").glob("*")) == []
+
+
+def test_a_tracker_that_is_missing_is_to_be_installed(graphlora, train_words, tmp_path, monkeypatch):
+    monkeypatch.setattr("graphlora.training.trainer_setup.is_tensorboard_available", lambda: False)
+    code, _, error = graphlora(*train_words, "--output_dir", tmp_path / "out", "--report_to", "tensorboard")
+    assert code == 2
+    assert "report_to is tensorboard, which is not installed; pip install tensorboard, or" in error
+
+
+def test_a_backend_that_cannot_run_is_named_before_anything_is_written(
+    graphlora, train_words, tmp_path, monkeypatch
+):
+    words = [*train_words, "--output_dir", tmp_path / "out", "--max_steps", 1, "--backend"]
+    with monkeypatch.context() as patch:
+        patch.setattr("graphlora.ops.backend.has_triton", lambda: False)
+        patch.setattr("graphlora.training.run.make_trainer", None)
+        code, _, error = graphlora(*words, "triton")
+    assert code == 2
+    assert "backend='triton': its kernels run on CUDA devices, not on 'cpu'; use backend='auto'" in error
+    assert list((tmp_path / "out").iterdir()) == []
+    code, _, error = graphlora(*words, "torch")
+    assert code == 0, error
 
 
 GOOD = '{"question": "%d?", "choices": ["b", "c"], "answer": "b"}'

@@ -1,6 +1,7 @@
 """Whole studies with a tiny model: records, equality with `graphlora train`, what is kept, what fails."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from graphlora.training import train
 from graphlora.training.adapting import add_adapter
 from graphlora.training.loading import load_base_model
 from graphlora.training.recipe import Recipe
+from graphlora.training.trainer import AdapterTrainer
 
 
 def changed(values: dict, **parts) -> dict:
@@ -292,11 +294,26 @@ def test_a_run_goes_on_from_its_checkpoint(study_values, tmp_path, finished, mon
 def test_checkpoints_between_log_lines_are_not_gone_on_from(study_values, tmp_path):
     from graphlora.study.execute import _drop_uneven_checkpoints
 
-    policy = {"logging_steps": 4, "max_steps": 2}
+    policy = {"logging_steps": 4, "max_steps": 3, "eval_steps": 1}
     run = make_runs(read_spec(changed(study_values, policy=policy, seeds=[0])))[1]
     train(run.recipe(tmp_path / "work"))
+    end = tmp_path / "work" / "checkpoints" / "checkpoint-3"
+    _drop_uneven_checkpoints(tmp_path / "work")
+    assert end.is_dir(), "nothing is left to log after the end"
+    shutil.rmtree(end)
     _drop_uneven_checkpoints(tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def test_a_run_that_ended_before_its_record_was_written_trains_no_more(study_values, tmp_path, monkeypatch):
+    policy = {"logging_steps": 4, "max_steps": 3, "eval_steps": 1}
+    run = make_runs(read_spec(changed(study_values, policy=policy, seeds=[0])))[1]
+    train(run.recipe(tmp_path / "work"))
+    undisturbed = execute(run, KeptWorkbench(), tmp_path / "other")
+    monkeypatch.setattr(AdapterTrainer, "training_step", None)
+    record = execute(run, KeptWorkbench(), tmp_path / "work")
+    for name in ("curve", "test", "validation", "train_loss", "kept_step", "score"):
+        assert record.metrics[name] == undisturbed.metrics[name], name
 
 
 def test_a_changed_base_model_is_found_out(study_values):

@@ -57,3 +57,8 @@ def test_an_empty_mixture_and_a_limit_below_one_are_refused():
         Mixture({})
     with pytest.raises(GraphLoraError, match="limit is 0"):
         load_mixture({"quiz": 1}, "train", limit=0)
+
+
+def test_an_unknown_task_is_named_before_anything_is_loaded(tmp_path):
+    with pytest.raises(GraphLoraError, match="unknown task 'nope'; choose one of"):
+        load_mixture({str(tmp_path / "missing.jsonl"): 2, "nope": 1}, "train")

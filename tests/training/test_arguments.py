@@ -55,6 +55,7 @@ def test_without_validation_nothing_is_chosen(tmp_path):
             {"training_args": {"label_smoothing_factor": 0.1}},
             "not supported: it would replace the model's loss",
         ),
+        ({"fp16": True, "training_args": {"use_cpu": True}}, "fp16 has no effect on a CPU; set it to false"),
         ({"lr_scheduler_type": "zigzag"}, "transformers refuses the recipe: zigzag"),
     ],
 )

@@ -109,4 +109,5 @@ def test_dtypes_and_devices():
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
     assert pick_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
     refused(lambda: pick_dtype("float8", cpu), "float8")
-    refused(lambda: pick_device("warp"), "'warp' is not available")
+    there = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+    refused(lambda: pick_device("warp"), f"'warp' is not available here; use {there} or auto")

@@ -51,6 +51,8 @@ def test_without_the_package(monkeypatch):
     assert liger_options(recipe("auto"), "llama", GPU, "eager") is None
     with pytest.raises(GraphLoraError, match="pip install liger-kernel"):
         liger_options(recipe("liger"), "llama", GPU, "eager")
+    with pytest.raises(GraphLoraError, match="its kernels need a GPU, not cpu: train on one"):
+        liger_options(recipe("liger"), "llama", CPU, "eager")
 
 
 def test_none_means_none(monkeypatch):

@@ -261,6 +261,24 @@ def test_an_existing_run_is_neither_overwritten_nor_lost(tiny_recipe):
     assert not all(torch.equal(value, before[name]) for name, value in weights(recipe.output_dir).items())
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_is_in_nobodys_way(tiny_recipe, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    recipe = Recipe.from_dict(tiny_recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", fail)
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            train(recipe)
+    assert train(recipe.changed(r=2)).metrics["steps"] == 6
+    written = Path(recipe.output_dir) / "config.yaml"
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", fail)
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            train(Recipe.from_yaml(written), overwrite=True)
+    assert Recipe.from_yaml(written).r == 2
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(tiny_recipe):
     train(Recipe.from_dict(tiny_recipe | {"load_best_model_at_end": False}))
     newest = Path(tiny_recipe["output_dir"]) / "checkpoints" / "checkpoint-6" / "optimizer.pt"
@@ -375,6 +393,23 @@ def test_free_text_is_validated_by_its_loss(tiny_recipe, texts_file):
     result = train(Recipe.from_dict(tiny_recipe | {"task": str(texts_file)}))
     assert result.record.config["metric_for_best_model"] == "loss"
     assert "eval_acc" not in result.metrics
+
+
+def test_only_what_validation_measures_can_choose_the_checkpoint(
+    tiny_recipe, texts_file, choices_file, tmp_path
+):
+    texts = Recipe.from_dict(tiny_recipe | {"task": str(texts_file), "metric_for_best_model": "acc"})
+    with pytest.raises(
+        GraphLoraError, match=r"metric_for_best_model is 'acc'.*use one of loss, or leave it out"
+    ):
+        train(texts)
+    assert train(texts.changed(metric_for_best_model="eval_loss", max_steps=1)).metrics["kept_step"] == 1
+    other = tmp_path / "other.jsonl"
+    other.write_text(choices_file.read_text().replace("What color", "Which color"))
+    tasks = {str(choices_file): 2.0, str(other): 1.0}
+    mixture = tiny_recipe | {"task": tasks, "output_dir": str(tmp_path / "mixture"), "max_steps": 1}
+    best = train(Recipe.from_dict(mixture | {"metric_for_best_model": f"{other}_acc"}))
+    assert best.metrics[f"eval_{other}_acc"] >= 0
 
 
 def test_a_mixture_reports_each_task_and_their_mean(tiny_recipe, choices_file, tmp_path):

@@ -1,5 +1,7 @@
 """Which mode a run takes, and what is refused with its reason."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from tiny_llama import make_base
@@ -40,6 +42,14 @@ def test_what_cannot_be_recorded_is_refused_and_avoided(monkeypatch, options, en
     assert resolve_step_mode(recipe(**options), model, GPU, 64) == "eager"
     with pytest.raises(GraphLoraError, match=rf"step_mode is graph, but .*{reason}.*; set step_mode to"):
         resolve_step_mode(recipe(step_mode="graph", **options), model, GPU, 64)
+
+
+def test_the_help_says_what_auto_takes():
+    text = next(item for item in fields(Recipe) if item.name == "step_mode").metadata["help"]
+    assert text.endswith("auto: graph for small models on an NVIDIA GPU, else eager")
+    small, large = 10**8, 10**10
+    assert choose_step_mode(small, 64, GPU) == "graph"
+    assert choose_step_mode(large, 64, GPU) == choose_step_mode(small, 64, CPU) == "eager"
 
 
 def test_a_cpu_has_no_graphs_but_runs_the_other_modes():

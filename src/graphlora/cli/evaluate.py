@@ -127,10 +127,10 @@ def _config(arguments: Namespace) -> dict[str, Any]:
 
 def _with_graphlora(arguments: Namespace) -> tuple[dict[str, Any], Score]:
     """Examples of every task, and how one is scored: model, tokenizer, task, its label's end, file for items."""
-    from graphlora.tasks import load_examples
+    from graphlora.tasks import load_choices
 
     options = {"data_dir": arguments.data_dir, "limit": arguments.limit, "seed": arguments.seed}
-    examples = {task: load_examples(task, arguments.split, **options) for task in arguments.task}
+    examples = {task: load_choices(task, arguments.split, **options) for task in arguments.task}
 
     def score(model: Any, tokenizer: Any, task: str, suffix: str, path: str | None) -> dict[str, Any]:
         from graphlora.evaluation.multiple_choice import summarize, write_items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from dataclasses import MISSING, fields
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
 from graphlora.cli.parsing import make_parser
-from graphlora.errors import Interrupted
+from graphlora.errors import GraphLoraError, Interrupted
 from graphlora.training.interrupts import Interrupts
 from graphlora.training.recipe import GROUPS, Recipe, option_types, read_yaml
 
@@ -68,9 +69,7 @@ def run(arguments: Namespace) -> None:
         print(f"validation: {values}")
     print(f"peak memory: {memory_text(result.record.peak_memory, result.record.metrics['peak_reserved'])}")
     print(f"adapter: {result.output_dir}")
-    print(f"next: graphlora evaluate {result.output_dir} --task {_task_words(recipe)}")
-    print(f"      graphlora generate {result.output_dir}")
-    print(f"      graphlora info {result.output_dir}")
+    print("next: " + "\n      ".join(_next_commands(recipe, str(result.output_dir))))
 
 
 def make_recipe(arguments: Namespace) -> Recipe:
@@ -90,7 +89,39 @@ def _default_text(item: Any) -> str:
     return "" if item.default is None or item.default is MISSING else f" (default: {item.default})"
 
 
-def _task_words(recipe: Recipe) -> str:
-    tasks = [recipe.task] if isinstance(recipe.task, str) else list(recipe.task)
-    data_dir = f" --data_dir {recipe.data_dir}" if recipe.data_dir else ""
-    return " ".join(tasks) + data_dir
+def _next_commands(recipe: Recipe, adapter: str) -> list[str]:
+    """What to do with the adapter; the tasks that can be scored, by the split that they are scored on."""
+    parts: dict[str, list[str]] = {}
+    for task in [recipe.task] if isinstance(recipe.task, str) else recipe.task:
+        split = _scored_split(task, recipe)
+        if split is not None:
+            parts.setdefault(split, []).append(shlex.quote(task))
+    place = shlex.quote(adapter)
+    data_dir = f" --data_dir {shlex.quote(recipe.data_dir)}" if recipe.data_dir else ""
+    return [
+        *(
+            f"graphlora evaluate {place} --task {' '.join(tasks)}{data_dir}{split}"
+            for split, tasks in parts.items()
+        ),
+        f"graphlora generate {place}",
+        f"graphlora info {place}",
+    ]
+
+
+def _scored_split(task: str, recipe: Recipe) -> str | None:
+    """Words for the split of a task that `graphlora evaluate` can score; `None` where its rows have no choices."""
+    from graphlora.tasks import load_choices
+    from graphlora.tasks.catalog import find_task
+
+    if find_task(task) is not None and recipe.data_dir is None:
+        return ""
+    if recipe.streaming:
+        return None
+    words = {"test": "", "all": " --split all  # there is no test split: rows of training are among them"}
+    for split, text in words.items():
+        try:
+            load_choices(task, split, data_dir=recipe.data_dir, limit=1)
+        except GraphLoraError:
+            continue
+        return text
+    return None

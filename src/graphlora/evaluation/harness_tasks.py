@@ -21,7 +21,7 @@ import datasets
 import yaml
 
 from graphlora.errors import GraphLoraError
-from graphlora.tasks.catalog import find_task, is_data, load_examples
+from graphlora.tasks.catalog import find_task, is_data, load_choices
 from graphlora.tasks.example import Example
 from graphlora.tasks.rows import hub_errors
 
@@ -156,10 +156,7 @@ def _local_task(
             "metric_list": list(definition.metrics),
         }
     else:
-        examples = [
-            _choice_item(item, spec)
-            for item in load_examples(spec, split, data_dir=data_dir, limit=limit, seed=seed)
-        ]
+        examples = load_choices(spec, split, data_dir=data_dir, limit=limit, seed=seed)
         rows = [_own_row(example) for example in examples]
         content = OWN_DEFINITION | {"metric_list": [ACC, ACC_NORM]}
     try:
@@ -214,12 +211,6 @@ def _own_row(example: Example) -> dict[str, Any]:
         "choices": [choice.removeprefix(" ") for choice in example.choices],
         "gold": example.gold,
     }
-
-
-def _choice_item(example: Any, spec: str) -> Example:
-    if not isinstance(example, Example):
-        raise GraphLoraError(f"{spec} has no choices; only multiple-choice data can be scored")
-    return example
 
 
 def _harness_tasks(names: Sequence[str]) -> list[HarnessTask]:

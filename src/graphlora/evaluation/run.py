@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphlora.errors import GraphLoraError
 from graphlora.evaluation.efficiency import count_parameters, device_name, measure
 from graphlora.evaluation.encoding import Scoring
 from graphlora.evaluation.multiple_choice import score_examples, summarize, write_items
 from graphlora.records import RunRecord, data_hash
-from graphlora.tasks import Example, load_examples
+from graphlora.tasks import load_choices
 
 
 def evaluate(
@@ -56,12 +55,9 @@ def evaluate(
         The record, of kind `"evaluation"`; its metrics are those of `summarize`, with `efficiency` beside them.
 
     Raises:
-        GraphLoraError: Whatever `load_examples` and `score_examples` raise, or a place that cannot be written.
+        GraphLoraError: Whatever `load_choices` and `score_examples` raise, or a place that cannot be written.
     """
-    examples = [
-        _choice_item(example, spec)
-        for example in load_examples(spec, split, data_dir=data_dir, limit=limit, seed=seed)
-    ]
+    examples = load_choices(spec, split, data_dir=data_dir, limit=limit, seed=seed)
     weights = next(model.parameters())
     with measure(weights.device) as cost:
         results = score_examples(
@@ -105,12 +101,6 @@ def evaluate(
     if output is not None:
         record.write(output)
     return record
-
-
-def _choice_item(example: Any, spec: str) -> Example:
-    if not isinstance(example, Example):
-        raise GraphLoraError(f"{spec} has no choices; only multiple-choice data can be scored")
-    return example
 
 
 def _name(model: Any) -> str:

@@ -73,11 +73,9 @@ def _is_hopper(device: int) -> bool:
 
 def _triton_problem(device_type: str) -> str | None:
     """Why Triton's kernels cannot run on this device at all, or None."""
-    if not has_triton():
-        return "Triton is not installed (pip install triton)"
-    if device_type != "cuda" and not interprets_triton():
+    if device_type != "cuda" and not (has_triton() and interprets_triton()):
         return f"its kernels run on CUDA devices, not on {device_type!r}"
-    return None
+    return None if has_triton() else "Triton is not installed (pip install triton)"
 
 
 @cache

@@ -96,12 +96,16 @@ def _execute(run: Run, workbench: KeptWorkbench, work: Path, keep: Path | None) 
 
 
 def _drop_uneven_checkpoints(work: Path) -> None:
-    """Begin anew where the last checkpoint is between two log lines: the curve would not be the same."""
+    """Begin anew where the last checkpoint is between two log lines: the curve would not be the same.
+
+    At the end of the run there is nothing left to add to the curve.
+    """
     last = last_checkpoint(work)
     if last is None:
         return
     state = json.loads((last / STATE_FILE).read_text(encoding="utf-8"))
-    if state["global_step"] % max(1, int(state.get("logging_steps") or 1)):
+    step, interval = state["global_step"], max(1, int(state.get("logging_steps") or 1))
+    if step < state["max_steps"] and step % interval:
         shutil.rmtree(work, ignore_errors=True)
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from graphlora.errors import GraphLoraError
-from graphlora.tasks import Example, load_examples
+from graphlora.tasks import Example, load_choices
 from graphlora.training.adapting import add_adapter
 from graphlora.training.loading import load_base_model
 from graphlora.training.recipe import Recipe
@@ -150,11 +150,7 @@ class KeptWorkbench(Workbench):
         """
         key = (spec, split, data_dir, limit)
         if key not in self._tests:
-            found: list[Any] = load_examples(spec, split, data_dir=data_dir, limit=limit)
-            for item in found:
-                if not isinstance(item, Example):
-                    raise GraphLoraError(f"{spec} has no choices; only multiple-choice data can be scored")
-            self._tests[key] = found
+            self._tests[key] = load_choices(spec, split, data_dir=data_dir, limit=limit)
         return self._tests[key]
 
     def put_back(self, adapted: PeftModel, reusable: bool = True) -> None:

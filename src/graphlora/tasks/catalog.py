@@ -14,6 +14,7 @@ from graphlora.tasks.openbookqa import OPENBOOKQA
 from graphlora.tasks.piqa import PIQA
 from graphlora.tasks.quiz import QUIZ
 from graphlora.tasks.rows import SUFFIXES
+from graphlora.tasks.shapes import CHOICE_COLUMNS
 from graphlora.tasks.social_iqa import SOCIAL_IQA
 from graphlora.tasks.task import Task
 from graphlora.tasks.winogrande import WINOGRANDE
@@ -46,6 +47,15 @@ def is_data(spec: str) -> bool:
     return spec.startswith(HUB_PREFIX) or spec.endswith(SUFFIXES) or Path(spec).exists()
 
 
+def check_known(spec: str) -> None:
+    """Raise `GraphLoraError` for what is neither a task's name nor meant as the user's data."""
+    if find_task(spec) is None and not is_data(spec):
+        raise GraphLoraError(
+            f"unknown task {spec!r}; choose one of {', '.join(TASKS)}, a data file ({', '.join(SUFFIXES)}) or a "
+            f"folder of them, or {HUB_PREFIX}owner/name"
+        )
+
+
 def load_examples(
     spec: str, split: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0
 ) -> list[Example] | list[TextExample]:
@@ -64,9 +74,22 @@ def load_examples(
     task = find_task(spec)
     if task is not None:
         return task.load(split, data_dir=data_dir, limit=limit, seed=seed)
-    if is_data(spec):
-        return load_custom(spec, split, limit=limit, seed=seed)
-    raise GraphLoraError(
-        f"unknown task {spec!r}; choose one of {', '.join(TASKS)}, a data file ({', '.join(SUFFIXES)}) or a "
-        f"folder of them, or {HUB_PREFIX}owner/name"
-    )
+    check_known(spec)
+    return load_custom(spec, split, limit=limit, seed=seed)
+
+
+def load_choices(
+    spec: str, split: str, *, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0
+) -> list[Example]:
+    """Examples of data to score, which must be multiple choice; see `load_examples`.
+
+    Raises:
+        GraphLoraError: Also for data without choices; names it and the columns that are needed.
+    """
+    examples = load_examples(spec, split, data_dir=data_dir, limit=limit, seed=seed)
+    items = [example for example in examples if isinstance(example, Example)]
+    if len(items) < len(examples):
+        raise GraphLoraError(
+            f"{spec} has no choices; only multiple-choice data can be scored: give rows with {CHOICE_COLUMNS}"
+        )
+    return items

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from graphlora.errors import GraphLoraError
-from graphlora.tasks.catalog import load_examples
+from graphlora.tasks.catalog import check_known, load_examples
 from graphlora.tasks.example import Example, TextExample
 
 
@@ -55,6 +55,8 @@ class Mixture:
         """
         if limit is not None and limit < 1:
             raise GraphLoraError(f"limit is {limit}; give at least 1, or leave it out")
+        for spec in self.weights:
+            check_known(spec)
         parts = [_marked(spec, load_examples(spec, split, data_dir=data_dir)) for spec in self.weights]
         total = sum(self.weights.values())
         shares = np.array([weight / total for weight in self.weights.values()])

@@ -57,7 +57,7 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, EOFError, zlib.error) as error:
         raise GraphLoraError(f"{path} cannot be read: {error}") from error
     if not rows:
-        raise GraphLoraError(f"{path} has no rows")
+        raise GraphLoraError(f"{path} has no rows; add some, or give another file")
     return rows
 
 

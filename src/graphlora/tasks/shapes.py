@@ -10,10 +10,8 @@ from graphlora.tasks.example import LETTERS, Example, TextExample, continuations
 from graphlora.tasks.rows import Row
 from graphlora.untrusted import parse_json
 
-EXPECTED = (
-    "expected prompt and completion; or messages; or question, choices (or A, B, ... or choice1, choice2) "
-    "and answer"
-)
+CHOICE_COLUMNS = "question, choices (or A, B, ... or choice1, choice2) and answer"
+EXPECTED = f"expected prompt and completion; or messages; or {CHOICE_COLUMNS}"
 ANSWER_COLUMNS = ("answer", "answerKey", "label")
 ROLES = ("system", "user", "assistant", "tool", "developer")
 Reader = Callable[[dict[str, Any], str], Example | TextExample]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 from graphlora.errors import GraphLoraError
+from graphlora.ops.backend import resolve_backend
 from graphlora.training.recipe import Recipe, suggestion
 from graphlora.tuner.config import GraphLoraConfig
+from graphlora.tuner.layer import GraphLoraLayer
 from graphlora.tuner.register import register
 
 
@@ -39,8 +42,9 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """The model with a fresh adapter in float32; call `set_seed` before, the weights are random.
 
     Raises:
-        GraphLoraError: See `adapter_config`; or the model has no module to adapt.
+        GraphLoraError: See `adapter_config`; or the model has no module to adapt, or no layer of that number.
     """
+    _check_layers(recipe, model)
     config = adapter_config(recipe)
     try:
         adapted = get_peft_model(model, config)
@@ -50,3 +54,21 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         raise GraphLoraError(f"cannot adapt the model: {' '.join(str(error).split())}") from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def check_backend(model: PeftModel, device: torch.device) -> None:
+    """Raise `GraphLoraError` where the adapter's backend cannot run on the device, which a step would find out late."""
+    for module in model.modules():
+        if isinstance(module, GraphLoraLayer):
+            for name, config in module.configs.items():
+                resolve_backend(config.backend, device.type, module.unsupported[name])
+
+
+def _check_layers(recipe: Recipe, model: PreTrainedModel) -> None:
+    wanted = recipe.adapter_options().get("layers_to_transform")
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for layer in [wanted] if isinstance(wanted, int) else wanted or []:
+        if count is not None and not 0 <= layer < count:
+            raise GraphLoraError(
+                f"layers_to_transform names layer {layer}; the model's layers are numbered 0 to {count - 1}"
+            )

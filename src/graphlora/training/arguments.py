@@ -85,6 +85,8 @@ def training_arguments(
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "restore_callback_states_from_checkpoint": True,
     }
+    if recipe.fp16 and not _on_accelerator(recipe):
+        raise GraphLoraError("fp16 has no effect on a CPU; set it to false, or train on a GPU")
     if not validates:
         values["metric_for_best_model"] = None
     values |= _checked(recipe)
@@ -100,6 +102,10 @@ def _optimizer(recipe: Recipe) -> str:
         return recipe.optim
     on_gpu = torch.cuda.is_available() and not recipe.training_args.get("use_cpu")
     return "adamw_torch_fused" if on_gpu else "adamw_torch"
+
+
+def _on_accelerator(recipe: Recipe) -> bool:
+    return torch.accelerator.is_available() and not recipe.training_args.get("use_cpu")
 
 
 def _autocasts(recipe: Recipe, base_dtype: torch.dtype) -> bool:

@@ -248,6 +248,12 @@ def remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
+def withdraw_recipe(output: Path) -> None:
+    """Delete the recipe of a run that has saved nothing, so that the directory holds no run."""
+    if not any(_checkpoints(output)):
+        (output / RECIPE_FILE).unlink(missing_ok=True)
+
+
 def _safetensor_error() -> type[Exception]:
     from safetensors import SafetensorError
 

@@ -45,7 +45,9 @@ def pick_device(device: str = "auto") -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise GraphLoraError(f"device {device!r} is not available here; use cpu, cuda or auto") from error
+        found = torch.accelerator.current_accelerator(check_available=True)
+        names = "cpu" if found is None else f"cpu, {found.type}"
+        raise GraphLoraError(f"device {device!r} is not available here; use {names} or auto") from error
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

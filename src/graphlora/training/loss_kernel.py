@@ -45,12 +45,13 @@ def liger_options(
 
 
 def _why_not(device: torch.device, step_mode: StepMode) -> str | None:
-    if find_spec("liger_kernel") is None:
-        return "the package is not installed: pip install liger-kernel"
+    # Last what an installation mends, which helps only where the rest is in order.
     if device.type != "cuda":
         return f"its kernels need a GPU, not {device.type}: train on one"
     if step_mode != "eager":
         return f"it cannot be part of a step of mode {step_mode}: set step_mode to eager"
+    if find_spec("liger_kernel") is None:
+        return "the package is not installed: pip install liger-kernel"
     return None
 
 

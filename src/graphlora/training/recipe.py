@@ -149,7 +149,8 @@ class Recipe:
     step_mode: Literal["auto", "eager", "compile", "graph"] = option(
         "training",
         "how a step runs: eager, kernel by kernel; graph, recorded once per shape as a CUDA graph, which makes "
-        "small models and short rows faster; compile, by torch.compile; auto: eager",
+        "small models and short rows faster; compile, by torch.compile; auto: graph for small models on an NVIDIA GPU, "
+        "else eager",
         "auto",
     )
     loss_kernel: Literal["auto", "liger", "none"] = option(
@@ -187,7 +188,10 @@ class Recipe:
     )
     load_best_model_at_end: bool = option("evaluation", "keep the checkpoint that validates best", True)
     metric_for_best_model: str | None = option(
-        "evaluation", "left out: acc_norm (cloze), acc (letter), or loss for free text", None
+        "evaluation",
+        "acc_norm (cloze), acc, loss, or of one task of a mixture TASK_acc; left out: acc_norm (cloze), acc (letter), "
+        "or loss for free text",
+        None,
     )
     early_stopping_patience: int | None = option(
         "evaluation", "stop after this many validations without a gain", None

@@ -7,6 +7,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from graphlora.errors import GraphLoraError
 from graphlora.records import RunRecord, data_hash, flush, write_text
-from graphlora.training.adapting import add_adapter
+from graphlora.training.adapting import add_adapter, check_backend
 from graphlora.training.arguments import needed_bytes
 from graphlora.training.callbacks import StopOnSignal
 from graphlora.training.checkpoints import (
@@ -31,6 +33,7 @@ from graphlora.training.checkpoints import (
     prepare_output,
     refused_pickle,
     remove_run,
+    withdraw_recipe,
     writing,
 )
 from graphlora.training.data import (
@@ -49,7 +52,7 @@ from graphlora.training.recipe import Recipe
 from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
-from graphlora.training.run_data import RunData, default_metric
+from graphlora.training.run_data import RunData, chosen_metric
 from graphlora.training.step_mode import resolve_step_mode
 from graphlora.training.streaming import BadRow, TokenStream
 from graphlora.training.trainer import AdapterTrainer
@@ -132,26 +135,27 @@ def _train(
     facts.rows = getattr(data.train, "rows", None)
     mode = resolve_step_mode(recipe, base, device, data.train.longest)
     liger = liger_options(recipe, base.config.model_type, device, mode)
-    recipe = recipe.changed(
-        metric_for_best_model=recipe.metric_for_best_model or default_metric(recipe, data)
-    )
+    recipe = recipe.changed(metric_for_best_model=chosen_metric(recipe, data))
     set_seed(recipe.seed)
     model = add_adapter(base, recipe)
+    check_backend(model, device)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_space(output, needed_bytes(recipe, num_trained))
     trainer = make_trainer(recipe, model, tokenizer, data, dtype, mode, liger, checkpoint)
     check_sharded(trainer.is_fsdp_enabled, device)
     for callback in workbench.callbacks(trainer):
         trainer.add_callback(callback)
-    if trainer.is_world_process_zero():
-        if overwrite:
-            remove_run(output)
-        write_text(output / RECIPE_FILE, recipe.to_yaml())
-        if not workbench.quiet:
+    with _begun(trainer, recipe, output, overwrite):
+        if trainer.is_world_process_zero() and not workbench.quiet:
             _tell(recipe, data, num_trained, checkpoint, resume)
+        metrics = _run(trainer, recipe, checkpoint, interrupts)
     how = {"step_mode": mode, "loss_kernel": "none" if liger is None else "liger"}
-    metrics = _run(trainer, recipe, checkpoint, interrupts) | {"num_trained": num_trained} | how
+    metrics |= {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
+    if "train_seconds" not in metrics:
+        record = _finished_before(output, record)
+        if trainer.is_world_process_zero() and not workbench.quiet:
+            sys.stderr.write(f"the run had ended at step {metrics['steps']}; nothing was left to train\n")
     if trainer.is_world_process_zero():
         (output / MANIFEST_FILE).unlink(missing_ok=True)
         save(model, output)
@@ -174,6 +178,27 @@ def _start(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Path 
     return checkpoint
 
 
+@contextmanager
+def _begun(trainer: AdapterTrainer, recipe: Recipe, output: Path, overwrite: bool) -> Iterator[None]:
+    """A run whose recipe is written; where it fails before its first checkpoint, the recipe is taken away again.
+
+    So the corrected command finds no run in its way. A loss that is not finite leaves the recipe: its message names it.
+    """
+    with ExitStack() as stack:
+        if trainer.is_world_process_zero():
+            if not (output / RECIPE_FILE).exists():
+                stack.callback(withdraw_recipe, output)
+            if overwrite:
+                remove_run(output)
+            write_text(output / RECIPE_FILE, recipe.to_yaml())
+        try:
+            yield
+        except NonFiniteError:
+            stack.pop_all()
+            raise
+        stack.pop_all()
+
+
 def _record(
     recipe: Recipe, data: RunData, metrics: dict[str, Any], device: torch.device, wall_time: float
 ) -> RunRecord:
@@ -192,6 +217,16 @@ def _record(
         peak_memory=memory,
         data_hash=data_hash([*train_rows, *(data.validation.rows if data.validation else [])]),
     )
+
+
+def _finished_before(output: Path, record: RunRecord) -> RunRecord:
+    """The record of a run that has nothing left to train: the one it wrote at its end, where there is one."""
+    try:
+        before = RunRecord.read(output / RECORD_FILE)
+    except GraphLoraError:
+        return record
+    same = before.config_hash == record.config_hash and before.metrics.get("steps") == record.metrics["steps"]
+    return before if same else record
 
 
 def _rows_of(data: RunData, metrics: dict[str, Any]) -> tuple[list[Any], int]:
@@ -259,9 +294,6 @@ def _run(
 
 def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str, Any]:
     state = trainer.state
-    steps = max(1, state.global_step - first_step)
-    seconds = max(1e-9, result.metrics["train_runtime"] - trainer.seconds_aside)
-    tokens = int(trainer.tokens_seen)
     chosen = trainer.args.load_best_model_at_end and state.best_global_step
     step = state.best_global_step if chosen else state.global_step
     validations = [entry for entry in state.log_history if "eval_loss" in entry]
@@ -271,11 +303,21 @@ def _metrics(trainer: AdapterTrainer, result: Any, first_step: int) -> dict[str,
         "steps": state.global_step,
         "epochs": state.epoch,
         "kept_step": step,
-        "train_loss": result.training_loss,
         **{k: v for k, v in kept.items() if k.startswith("eval_") and not k.endswith(speed)},
         **({} if trainer.stream is None else {"rows_taken": trainer.stream.place.row}),
+        **_measured(trainer, result, state.global_step - first_step),
+    }
+
+
+def _measured(trainer: AdapterTrainer, result: Any, steps: int) -> dict[str, float]:
+    """Loss and speed of the steps that were trained; nothing where none was left."""
+    if steps == 0:
+        return {}
+    seconds = max(1e-9, result.metrics["train_runtime"] - trainer.seconds_aside)
+    return {
+        "train_loss": result.training_loss,
         "step_time": seconds / steps,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": int(trainer.tokens_seen) / seconds,
         "train_seconds": seconds,
     }
 
@@ -327,6 +369,8 @@ def _tell(recipe: Recipe, data: RunData, num_trained: int, checkpoint: Path | No
         f"{recipe.method} on {recipe.model} ({recipe.dtype}): {num_trained:,} parameters to train",
         f"{_described(data.train, recipe)}; output in {recipe.output_dir}",
     ]
+    if recipe.method == "graphlora" and not recipe.training_args.get("disable_tqdm"):
+        lines.append("loss: of steps with the routers' losses, of validations without them")
     for name, part in (("training", data.train), ("validation", data.validation)):
         if isinstance(part, Encoded) and (part.num_cut or part.num_dropped):
             lines.append(

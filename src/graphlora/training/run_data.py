@@ -125,8 +125,22 @@ def _form(examples: list[Any], recipe: Recipe) -> tuple[str, str]:
     return "chat" if chat else "plain", prompt_template(examples, recipe.scoring)
 
 
-def default_metric(recipe: Recipe, data: RunData) -> str:
-    """Metric that chooses the checkpoint where the recipe names none."""
-    if not data.items:
-        return "loss"
-    return "acc_norm" if recipe.scoring == "cloze" else "acc"
+def chosen_metric(recipe: Recipe, data: RunData) -> str:
+    """Metric that chooses the checkpoint: the recipe's, else the task's accuracy, or the loss of free text.
+
+    Raises:
+        GraphLoraError: The recipe's metric is none that validation measures; names those that are.
+    """
+    accuracies = ["acc_norm", "acc"] if recipe.scoring == "cloze" else ["acc"]
+    measured = ["loss"] if not data.items else [*accuracies, "loss"]
+    if recipe.metric_for_best_model is None:
+        return measured[0]
+    if len(data.items) > 1:
+        measured += [f"{task}_{name}" for task in data.items for name in accuracies]
+    name = recipe.metric_for_best_model
+    if data.validation is not None and name.removeprefix("eval_") not in measured:
+        raise GraphLoraError(
+            f"metric_for_best_model is {name!r}, which validation on {recipe.task} with {recipe.scoring} scoring does "
+            f"not measure; use one of {', '.join(measured)}, or leave it out for {measured[0]}"
+        )
+    return name

@@ -35,8 +35,8 @@ from graphlora.training.checkpoints import (
     seal,
     writing,
 )
-from graphlora.training.guarded_trainer import GuardedTrainer
 from graphlora.training.nonfinite import NonFiniteError
+from graphlora.training.resumed_trainer import ResumedTrainer
 from graphlora.training.streaming import StreamLoader, write_place
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
@@ -90,7 +90,7 @@ class EpochOrder(TrainerCallback):
         self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
-class AdapterTrainer(GuardedTrainer):
+class AdapterTrainer(ResumedTrainer):
     """`Trainer` for adapters.
 
     It validates with the task's accuracy beside the loss, stops at or leaves out a step that is not finite, orders
@@ -132,7 +132,6 @@ class AdapterTrainer(GuardedTrainer):
         self.truncate = truncate
         self.seconds_aside = 0.0
         self.tokens_seen: Tensor | int = 0
-        self.last_saved: Path | None = None
         self._staging: Path | None = None
         self._records_steps = records_steps
         self._captured: CapturedSteps | None = None
@@ -368,7 +367,9 @@ class AdapterTrainer(GuardedTrainer):
             raise NonFiniteError(f"weights are not finite after step {self.state.global_step}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore both; a learning rate or weight decay that the recipe changed since takes effect."""
+        """Restore both; a learning rate, weight decay or interval that the recipe changed since takes effect."""
+        # The checkpoint's state has brought the intervals of the recipe that it was written under.
+        self.state.compute_steps(self.args, self.state.max_steps)
         if self.optimizer is None or self.lr_scheduler is None or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
@@ -50,6 +51,10 @@ def make_trainer(
     Raises:
         GraphLoraError: Arguments that transformers refuses, or a tracker that is not installed.
     """
+    if "tensorboard" in recipe.report_to and not is_tensorboard_available():
+        raise GraphLoraError(
+            "report_to is tensorboard, which is not installed; pip install tensorboard, or set report_to to none"
+        )
     arguments = training_arguments(recipe, dtype, compiles=mode == "compile", liger=liger)
     if mode == "compile":
         allow_shapes(MAX_GRAPHS)
@@ -90,9 +95,7 @@ def make_trainer(
     if stream is not None:
         trainer.add_callback(StreamEpochs(lambda: stream.epochs))
     if recipe.early_stopping_patience is not None:
-        trainer.add_callback(
-            EarlyStoppingCallback(recipe.early_stopping_patience, recipe.early_stopping_threshold)
-        )
+        trainer.stop_early(recipe.early_stopping_patience, recipe.early_stopping_threshold)
     return trainer
 
 

@@ -1,0 +1,67 @@
+"""The part of the trainer that goes on from a checkpoint: as the recipe says now, and not at all from the run's end."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
+
+from graphlora.training.checkpoints import STATE_FILE
+from graphlora.training.guarded_trainer import GuardedTrainer
+
+INTERVALS = ("logging_steps", "eval_steps", "save_steps")
+
+
+class ResumedTrainer(GuardedTrainer):
+    """`Trainer` that trains nothing where the checkpoint to go on from is the end of the run.
+
+    Attributes:
+        last_saved: The newest checkpoint: the one to go on from, later the last one written.
+        patience: Validations without a gain after which the run ends; `None` for any number.
+        threshold: What counts as a gain.
+    """
+
+    last_saved: Path | None = None
+    patience: int | None = None
+    threshold: float = 0.0
+
+    def stop_early(self, patience: int, threshold: float) -> None:
+        """End training after `patience` validations without a gain of more than `threshold`."""
+        self.patience, self.threshold = patience, threshold
+        self.add_callback(EarlyStoppingCallback(patience, threshold))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer`; the step that ends a run early is saved, so that a resumed run finds the end again."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and self.patience is not None:
+                # The checkpoint has brought its own, which the recipe may have changed.
+                callback.early_stopping_patience = self.patience
+                callback.early_stopping_threshold = self.threshold
+        metrics = super().evaluate(*args, **kwargs)
+        if self.control.should_training_stop:
+            self.control.should_save = True
+        return metrics
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """As in `Trainer`, but no epochs where nothing is left to train: `Trainer` would take a step and then look."""
+        values = super().set_initial_training_values(args, dataloader)
+        max_steps: Any = values[-1]
+        # Whole numbers, as in a checkpoint: a share would be taken for another value and be warned of.
+        for name in INTERVALS:
+            if 0 < getattr(args, name) < 1:
+                setattr(args, name, math.ceil(max_steps * getattr(args, name)))
+        return (0, *values[1:]) if self._has_ended(max_steps) else values
+
+    def _has_ended(self, max_steps: int) -> bool:
+        if self.last_saved is None:
+            return False
+        state = TrainerState.load_from_json(str(self.last_saved / STATE_FILE))
+        if state.global_step >= max_steps:
+            return True
+        saved: Any = state.stateful_callbacks or {}
+        stopping = saved.get(EarlyStoppingCallback.__name__)
+        if self.patience is None or not stopping:
+            return False
+        return stopping["attributes"]["early_stopping_patience_counter"] >= self.patience

@@ -1,0 +1,113 @@
+"""A run that is finished stays as it is, however it ended and wherever it was killed afterwards."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import TrainerState, trainer_utils
+
+from graphlora.records import RunRecord
+from graphlora.training import Recipe, train
+from graphlora.training.trainer import AdapterTrainer
+
+WEIGHTS = "adapter_model.safetensors"
+LAST = {"eval_strategy": "no", "load_best_model_at_end": False, "save_steps": 2}
+EXPERTS = {"method": "graphlora", "num_experts": 4, "router_hidden_size": 16}
+ENDS = {
+    "max_steps": {"max_steps": 4, **EXPERTS, **LAST},
+    "best": {"max_steps": 4, "eval_steps": 2},
+    "share": {"max_steps": 5, "eval_steps": 0.2, "gradient_accumulation_steps": 2},
+    "epochs": {"max_steps": -1, "num_train_epochs": 1, **LAST},
+    "part of an epoch": {"max_steps": -1, "num_train_epochs": 0.6, **LAST},
+    "by epoch": {"max_steps": 11, "eval_strategy": "epoch"},
+    "stopped early": {
+        "max_steps": 20,
+        "eval_steps": 2,
+        "save_steps": 4,
+        "learning_rate": 1e-9,
+        "early_stopping_patience": 2,
+        "metric_for_best_model": "acc",
+    },
+    "streamed": {"max_steps": 4, "streaming": True, **LAST},
+}
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """Numbers of the steps that are trained."""
+    taken: list[int] = []
+    original = AdapterTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        taken.append(self.state.global_step + 1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", training_step)
+    return taken
+
+
+def digest(out: Path) -> str:
+    return hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_nothing_is_trained_after_the_end(tiny_recipe, steps, capsys, end):
+    recipe = Recipe.from_dict(tiny_recipe | ENDS[end])
+    out = Path(recipe.output_dir)
+    first = train(recipe)
+    before, record = digest(out), (out / "record.json").read_bytes()
+    trained = len(steps)
+    again = train(recipe, resume=True)
+    assert (out / "record.json").read_bytes() == record
+    # Killed after the last checkpoint: neither adapter nor record had been written.
+    for name in (WEIGHTS, "adapter_config.json", "record.json", "manifest.json"):
+        (out / name).unlink()
+    late = train(Recipe.from_yaml(out / "config.yaml"), resume=True)
+    assert len(steps) == trained
+    assert digest(out) == before
+    assert again.metrics["steps"] == late.metrics["steps"] == first.metrics["steps"]
+    assert late.metrics["kept_step"] == first.metrics["kept_step"]
+    assert late.metrics.get("eval_acc") == first.metrics.get("eval_acc")
+    assert "train_loss" not in RunRecord.read(out / "record.json").metrics
+    assert f"ended at step {first.metrics['steps']}; nothing was left to train" in capsys.readouterr().err
+
+
+def test_a_finished_run_goes_on_with_more_steps_or_more_patience(tiny_recipe, steps):
+    options = tiny_recipe | ENDS["stopped early"]
+    assert train(Recipe.from_dict(options)).metrics["steps"] == 6
+    more = Recipe.from_dict(options | {"early_stopping_patience": 4})
+    assert train(more, resume=True).metrics["steps"] == 10
+    last = Path(more.output_dir) / "checkpoints" / "checkpoint-10" / "trainer_state.json"
+    assert TrainerState.load_from_json(str(last)).global_step == 10
+    assert max(steps) == 10
+    shutil.rmtree(more.output_dir)
+    train(Recipe.from_dict(tiny_recipe | ENDS["max_steps"]))
+    longer = Recipe.from_dict(tiny_recipe | ENDS["max_steps"] | {"max_steps": 5})
+    assert train(longer, resume=True).metrics["steps"] == 5
+
+
+def test_a_share_of_the_steps_is_no_other_value_in_a_checkpoint(tiny_recipe, monkeypatch):
+    """`Trainer` compares the arguments with the checkpoint's, which are whole numbers."""
+    warned = []
+    monkeypatch.setattr(trainer_utils.logger, "warning_once", warned.append)
+    options = tiny_recipe | {
+        "eval_steps": 0.5,
+        "logging_steps": 0.25,
+        "max_steps": 8,
+        "save_total_limit": None,
+    }
+    recipe = Recipe.from_dict(options)
+    whole = train(recipe)
+    out = Path(recipe.output_dir)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-8")
+    again = train(recipe, resume=True)
+    assert warned == []
+    assert [entry["step"] for entry in again.history] == [entry["step"] for entry in whole.history]
+
+
+def test_changed_intervals_take_effect_on_resume(tiny_recipe):
+    options = tiny_recipe | {"max_steps": 3, "eval_steps": 3}
+    train(Recipe.from_dict(options))
+    result = train(Recipe.from_dict(options | {"max_steps": 5, "eval_steps": 1}), resume=True)
+    assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [3, 4, 5]
