@@ -107,7 +107,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "5",
-        "the same, the step compiled (`--step_mode compile`)",
+        "the same, the step compiled",
         "step",
         r"llama3-8b modes.*",
         "triton_r8_compiled",
