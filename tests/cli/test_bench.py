@@ -62,4 +62,7 @@ def test_mistakes_are_one_line(graphlora, config_only, words, message):
 def test_a_directory_without_a_config_is_named(graphlora, tmp_path):
     code, _, error = graphlora("bench", tmp_path, "--device", "cpu")
     assert code == 2
-    assert str(tmp_path) in error
+    assert f"no model in {tmp_path}: the folder has no config.json; check the path" in error
+    code, _, error = graphlora("bench", tmp_path / "nothere", "--device", "cpu")
+    assert code == 2
+    assert f"no model at {tmp_path / 'nothere'}; check the path" in error

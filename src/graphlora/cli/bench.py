@@ -102,17 +102,11 @@ def make_setting(arguments: Namespace) -> Setting:
     Raises:
         GraphLoraError: no such model config, device or dtype; rows longer than the model's window.
     """
-    from transformers import AutoConfig
-
     from graphlora.benchmark.layer import Setting
-    from graphlora.training.loading import pick_device, pick_dtype
+    from graphlora.training.loading import load_config, pick_device, pick_dtype
 
     device = pick_device(arguments.device)
-    try:
-        config = AutoConfig.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise GraphLoraError(f"no model config in {arguments.model!r}: {reason}") from error
+    config = load_config(arguments.model)
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     if window is not None and arguments.length > window:
         raise GraphLoraError(
