@@ -130,6 +130,13 @@ def check_folder(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raise `GraphLoraError` where a token would use more experts than there are."""
+    if top_k > num_experts:
+        remedy = f"top_k between 1 and {num_experts}" if num_experts > 1 else "top_k=1, or more experts"
+        raise GraphLoraError(f"top_k={top_k} is larger than num_experts={num_experts}; choose {remedy}.")
+
+
 def check_table(table: TensorTable, config: dict[str, Any]) -> None:
     """Check that a GraphLoRA adapter's tensors are those that its configuration asks for.
 
