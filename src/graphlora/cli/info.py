@@ -119,10 +119,10 @@ def as_text(facts: dict[str, Any]) -> str:
 
 def _refusal(config: dict[str, Any]) -> str | None:
     """Why an adapter whose tensors fit its configuration cannot be loaded all the same; None where it can."""
-    sizes = [config.get(name) for name in ("top_k", "num_experts")]
+    top_k, num_experts = config.get("top_k"), config.get("num_experts")
     try:
-        if all(isinstance(size, int) for size in sizes):
-            check_top_k(*sizes)
+        if isinstance(top_k, int) and isinstance(num_experts, int):
+            check_top_k(top_k, num_experts)
     except GraphLoraError as error:
         return str(error)
     return None
