@@ -196,7 +196,7 @@ def draw(stats: dict[str, Any], routing: dict[str, Any], output: Path) -> None:
         expert_load_figure(loads, "Expert load after training on the quiz"), output / "expert_load.png"
     )
     block = stats[routing["block"]]
-    title = f"Experts of {routing['block']} on held-out questions"
+    title = f"Experts of {routing['block']}: load in training, flow on held-out questions"
     figure = expert_flow_figure(block["adjacency"], block["expert_load"], routing["flow"], title)
     save_figure(figure, output / "expert_graph.png")
 
