@@ -27,8 +27,11 @@ def test_bench_needs_the_config_alone_and_compares_three(graphlora, config_only)
         4,
         "--json",
     ]
-    code, out, _ = graphlora("bench", config_only, *words, "--adapter_args", '{"lora_alpha": 4}', "--check")
+    code, out, progress = graphlora(
+        "bench", config_only, *words, "--adapter_args", '{"lora_alpha": 4}', "--check"
+    )
     assert code == 0
+    assert progress.startswith("GraphLoRA, whole model: 100%")
     facts = json.loads(out)
     assert facts["adapter"] == {"num_experts": 4, "lora_alpha": 4}
     assert set(facts["candidates"]) == {"frozen", "lora", "graphlora"}

@@ -73,13 +73,19 @@ def run(arguments: Namespace) -> None:
 
 def bench(arguments: Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """Predictions, and measurements where asked for, as JSON values."""
+    from tqdm import tqdm
+
     from graphlora.benchmark.prediction import measure_whole, predict
 
     setting = make_setting(arguments)
     found = {}
-    for kind, adapter in adapters(options).items():
+    for kind, adapter in (bar := tqdm(adapters(options).items(), unit="model")):
+        bar.set_description(f"{NAMES[kind]}, one layer")
         prediction = predict(setting, adapter)
-        measured = measure_whole(setting, adapter) if arguments.check else None
+        measured = None
+        if arguments.check:
+            bar.set_description(f"{NAMES[kind]}, whole model")
+            measured = measure_whole(setting, adapter)
         found[kind] = _facts(prediction, measured)
     from graphlora.evaluation.efficiency import device_name
 
