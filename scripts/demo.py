@@ -15,6 +15,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+RESULTS = "results.json"
+# What the demo writes into its output folder, and what an earlier demo's folder is cleared of.
+OWN_FOLDERS = ("graphlora", "lora")
+OWN_FILES = ("expert_load.png", "expert_graph.png", RESULTS)
 NUM_SHOWN = 5
 WIDTH = 78
 
@@ -43,7 +47,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=MODEL, help="the base model's directory")
-    parser.add_argument("--output", type=Path, default=ROOT / "demo", help="where adapters and pictures go")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "demo",
+        help="where adapters and pictures go: a new folder, an empty one, or an earlier demo's",
+    )
     parser.add_argument(
         "--full",
         action="store_true",
@@ -52,12 +61,42 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():
         sys.exit(f"no model in {options.model}: run `make model` first")
-    shutil.rmtree(options.output, ignore_errors=True)
+    prepare_output(options.output)
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         results = run(options.model, options.output, options.full)
     print_results(results, options.output, time.perf_counter() - started)
+
+
+def prepare_output(output: Path) -> None:
+    """Clear what an earlier demo left in its output folder, and mark the folder as a demo's.
+
+    Raises:
+        SystemExit: There is something else; nothing was deleted.
+    """
+    if output.exists() and not output.is_dir():
+        sys.exit(f"{output} is not a folder; give --output a new or empty one")
+    if output.exists() and any(output.iterdir()) and not is_demo(output):
+        sys.exit(f"{output} holds files that are not an earlier demo's; give --output a new or empty folder")
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (*OWN_FOLDERS, *OWN_FILES):
+        place = output / name
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    # So that a demo that was interrupted is recognized too.
+    (output / RESULTS).write_text(json.dumps(dict.fromkeys(OWN_FOLDERS)), encoding="utf-8")
+
+
+def is_demo(folder: Path) -> bool:
+    """Whether the folder holds the results of a demo."""
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, dict) and results.keys() >= set(OWN_FOLDERS)
 
 
 def run(model: Path, output: Path, full: bool) -> dict[str, Any]:
@@ -157,7 +196,7 @@ def draw(stats: dict[str, Any], routing: dict[str, Any], output: Path) -> None:
         expert_load_figure(loads, "Expert load after training on the quiz"), output / "expert_load.png"
     )
     block = stats[routing["block"]]
-    title = f"Experts of {routing['block']} on held-out questions"
+    title = f"Experts of {routing['block']}: load in training, flow on held-out questions"
     figure = expert_flow_figure(block["adjacency"], block["expert_load"], routing["flow"], title)
     save_figure(figure, output / "expert_graph.png")
 
@@ -249,7 +288,7 @@ def print_loads(stats: dict[str, Any]) -> None:
 
 def print_places(results: dict[str, Any], output: Path, seconds: float) -> None:
     """Where things are, and what to try next."""
-    (output / "results.json").write_text(json.dumps(results, indent=1, default=list), encoding="utf-8")
+    (output / RESULTS).write_text(json.dumps(results, indent=1, default=list), encoding="utf-8")
     place = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     program = Path(sys.executable).parent / "graphlora"
     program = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_llama import adapter_config, make_base
 
+from graphlora import GraphLoraConfig
 from graphlora.adapter_table import CONFIG_FILE, WEIGHTS_FILE, check_table, read_table
 from graphlora.errors import GraphLoraError
 from graphlora.training.adapter_files import read_adapter
@@ -95,6 +96,15 @@ def test_a_tensor_that_does_not_fit_is_named(change, message, saved):
     change_tensors(folder, change)
     with pytest.raises(GraphLoraError, match=message):
         read_adapter(folder)
+
+
+def test_lost_weights_of_a_trained_adapter_are_missed_before_the_hub_is_asked(saved):
+    folder = saved()
+    (folder / "adapter_model.safetensors").unlink()
+    assert GraphLoraConfig.from_pretrained(str(folder)).num_experts == 4
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(GraphLoraError, match=r"has no adapter_model\.safetensors, but the manifest"):
+        peft.PeftModel.from_pretrained(make_base(), folder)
 
 
 def test_a_head_that_says_it_is_huge_is_not_read(saved):

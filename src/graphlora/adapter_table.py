@@ -17,6 +17,7 @@ from graphlora.untrusted import read_json_object
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+MANIFEST_FILE = "manifest.json"
 WEIGHT_PREFIX = "base_model.model."
 METHOD = "GRAPHLORA"
 MAX_HEADER_BYTES = 16 * 2**20
@@ -114,7 +115,7 @@ def check_folder(folder: Path, config: dict[str, Any]) -> None:
     """Check the weights that lie beside an `adapter_config.json`, where there are any.
 
     Raises:
-        GraphLoraError: See `check_table`; or the weights are a pickle file.
+        GraphLoraError: See `check_table`; or the weights are a pickle file, or a trained adapter's are missing.
     """
     if (folder / WEIGHTS_FILE).is_file():
         check_table(read_table(folder / WEIGHTS_FILE), config)
@@ -123,6 +124,17 @@ def check_folder(folder: Path, config: dict[str, Any]) -> None:
             f"{folder} has {PICKLE_FILE}, a pickle file, which is not read; GraphLoRA adapters are {WEIGHTS_FILE}. "
             "A checkpoint of the authors' code is turned into one by: graphlora import"
         )
+    elif (folder / MANIFEST_FILE).is_file():
+        raise GraphLoraError(
+            f"{folder} has no {WEIGHTS_FILE}, but the {MANIFEST_FILE} of a trained adapter; restore it from a copy"
+        )
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raise `GraphLoraError` where a token would use more experts than there are."""
+    if top_k > num_experts:
+        remedy = f"top_k between 1 and {num_experts}" if num_experts > 1 else "top_k=1, or more experts"
+        raise GraphLoraError(f"top_k={top_k} is larger than num_experts={num_experts}; choose {remedy}.")
 
 
 def check_table(table: TensorTable, config: dict[str, Any]) -> None:

@@ -8,11 +8,13 @@ import torch
 from small_llama import ADAPTERS, LLAMA
 from transformers import GPT2Config
 
-from graphlora.benchmark.layer import Setting, measure_parts
+from graphlora.benchmark import layer
+from graphlora.benchmark.layer import Setting, measure_parts, memory_parts
 from graphlora.benchmark.memory import measure_memory, measure_saved
 from graphlora.benchmark.prediction import measure_whole, predict, put_together
 from graphlora.benchmark.random_model import bypassed, decoder_layers, random_model, twin, with_layers
 from graphlora.benchmark.timing import Stopwatch, interleave
+from graphlora.tuner.auxiliary import auxiliary_loss
 
 CPU = torch.device("cpu")
 KINDS = {"frozen": None, **ADAPTERS}
@@ -43,6 +45,37 @@ def test_predicted_time_is_that_of_a_real_run():
         if gaps[-1] <= TOLERANCE:
             return
     pytest.fail(f"off by {[f'{gap:.0%}' for gap in gaps]}")
+
+
+def test_auxiliary_losses_count_once_per_step_not_once_per_layer():
+    parts = measure_parts(setting(iterations=1), ADAPTERS["graphlora"])
+    assert parts.losses > 0
+    more = replace(parts, losses=parts.losses + 7.0)
+    assert put_together(setting(), more).step - put_together(setting(), parts).step == pytest.approx(7.0)
+    assert measure_parts(setting(iterations=1), ADAPTERS["lora"]).losses == 0
+
+
+def test_the_losses_of_all_layers_are_timed(monkeypatch):
+    blocks = []
+
+    def watched(record, *rest):
+        blocks.append(len(record.entries))
+        return auxiliary_loss(record, *rest)
+
+    monkeypatch.setattr("graphlora.benchmark.layer.auxiliary_loss", watched)
+    measure_parts(setting(iterations=1), ADAPTERS["graphlora"])
+    assert set(blocks) == {LLAMA.num_hidden_layers}
+
+
+@pytest.mark.parametrize(("room", "times"), [(2**30, 4), (0, 1)])
+def test_a_small_layer_is_timed_several_times_on_end(room, times, monkeypatch):
+    monkeypatch.setattr("graphlora.benchmark.layer._REPEATED_BYTES", room)
+    asked = []
+    alone = layer._layer_alone
+    monkeypatch.setattr(layer, "_layer_alone", lambda *args: (asked.append(args[2:]), alone(*args))[1])
+    parts = measure_parts(setting(iterations=1), ADAPTERS["graphlora"])
+    assert (times,) in asked
+    assert parts.activations == memory_parts(setting(), ADAPTERS["graphlora"]).activations
 
 
 def test_a_wrong_number_of_layers_would_be_noticed():

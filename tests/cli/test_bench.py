@@ -27,8 +27,11 @@ def test_bench_needs_the_config_alone_and_compares_three(graphlora, config_only)
         4,
         "--json",
     ]
-    code, out, _ = graphlora("bench", config_only, *words, "--adapter_args", '{"lora_alpha": 4}', "--check")
+    code, out, progress = graphlora(
+        "bench", config_only, *words, "--adapter_args", '{"lora_alpha": 4}', "--check"
+    )
     assert code == 0
+    assert progress.startswith("GraphLoRA, whole model: 100%")
     facts = json.loads(out)
     assert facts["adapter"] == {"num_experts": 4, "lora_alpha": 4}
     assert set(facts["candidates"]) == {"frozen", "lora", "graphlora"}
@@ -62,4 +65,7 @@ def test_mistakes_are_one_line(graphlora, config_only, words, message):
 def test_a_directory_without_a_config_is_named(graphlora, tmp_path):
     code, _, error = graphlora("bench", tmp_path, "--device", "cpu")
     assert code == 2
-    assert str(tmp_path) in error
+    assert f"no model in {tmp_path}: the folder has no config.json; check the path" in error
+    code, _, error = graphlora("bench", tmp_path / "nothere", "--device", "cpu")
+    assert code == 2
+    assert f"no model at {tmp_path / 'nothere'}; check the path" in error

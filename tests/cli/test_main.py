@@ -49,7 +49,24 @@ def test_each_command_teaches_with_an_example_that_it_accepts(name):
             "unknown argument --learnin_rate; did you mean '--learning_rate'?",
         ),
         (["train", "--learning_rate", "fast"], "--learning_rate is 'fast'; expected float"),
-        (["train", "--scoring", "clozed"], "--scoring is 'clozed'; expected Literal['cloze', 'letter']"),
+        (["train", "--scoring", "clozed"], "--scoring is 'clozed'; expected one of cloze, letter"),
+        (["train", "--r", "2.5"], "--r is '2.5'; expected int"),
+        (
+            ["train", "--layers_to_transform", "top"],
+            "--layers_to_transform is 'top'; expected list[int] or int",
+        ),
+        (
+            ["train", "--save_steps", "often"],
+            "--save_steps is 'often'; expected float",
+        ),
+        (
+            ["train", "--adapter_args", "nope"],
+            "--adapter_args is 'nope'; expected dict, as in '{name: value}'",
+        ),
+        (
+            ["bench", "m", "--preset", "best"],
+            "--preset is 'best'; expected one of graphlora, paper, released",
+        ),
         (["train", "--task", "quiz"], "the recipe has no model, output_dir; give --model"),
         (["train", "--config", "/nowhere.yaml"], "cannot read the recipe /nowhere.yaml"),
         (["generate", "m", "--prompt", "a", "--file", "b"], "--prompt and --file are both given"),

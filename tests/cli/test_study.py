@@ -71,6 +71,12 @@ def test_a_model_that_is_not_there_is_told_by_the_plan_and_before_a_run(graphlor
     assert error.strip().splitlines()[-1].startswith("graphlora: error: no model at ")
 
 
+def test_a_plan_says_that_the_size_of_a_hub_model_is_a_guess(graphlora, smoke):
+    guess = "no folder nobody/nothing here, and the hub is not asked before a run: its size is taken from its name"
+    assert guess in graphlora("study", "plan", "smoke", "--model", "nobody/nothing")[1]
+    assert "its size" not in graphlora("study", "plan", *smoke)[1]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

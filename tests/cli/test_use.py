@@ -123,6 +123,16 @@ def test_info_tells_what_the_files_hold(graphlora, adapter, tiny_model):
         assert sum(map(sum, layer["adjacency"])) == 2
 
 
+def test_info_says_that_loading_would_refuse_the_options(graphlora, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    values = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(values | {"top_k": 99}))
+    line = "it cannot be loaded: top_k=99 is larger than num_experts=4; choose top_k between 1 and 4."
+    assert line in graphlora("info", copy)[1]
+    assert json.loads(graphlora("info", copy, "--json")[1])["refused"] == line.partition(": ")[2]
+    assert json.loads(graphlora("info", adapter, "--json")[1])["refused"] is None
+
+
 def test_info_agrees_with_the_loaded_model(graphlora, adapter):
     from graphlora.training.loading import load_for_use
 

@@ -13,6 +13,7 @@ from graphlora.training.adapter_files import read_adapter
 from graphlora.training.loading import (
     load_adapter,
     load_base_model,
+    load_config,
     load_for_use,
     load_tokenizer,
     pick_device,
@@ -57,6 +58,27 @@ def test_an_adapter_comes_with_its_base(adapter, tiny_model):
 def test_unknown_models_are_named(name):
     refused(lambda: load_base_model(name, torch.float32), name)
     refused(lambda: load_tokenizer(name), name)
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_a_folder_without_a_model_is_named(load, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    refused(
+        lambda: load(str(tmp_path)), f"no model in {tmp_path}: the folder has no config.json; check the path"
+    )
+
+
+def test_a_name_without_a_network_may_be_a_wrong_path():
+    refused(lambda: load_config("no-such/model"), "no such directory either; check the name or the network")
+
+
+def test_a_message_that_ends_in_a_colon_is_shown_whole(tiny_model, tmp_path):
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    refused(
+        lambda: load_tokenizer(str(tmp_path)),
+        f"cannot load model {tmp_path}: ",
+        "tokenizer from one of: (1) ",
+    )
 
 
 def test_a_directory_without_a_model_is_named(tmp_path):

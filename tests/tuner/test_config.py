@@ -12,6 +12,11 @@ from graphlora.errors import GraphLoraError
 from graphlora.tuner.presets import PRESETS
 
 MISTAKES = {
+    "one expert": (
+        {"num_experts": 1},
+        "top_k=2 is larger than num_experts=1",
+        "choose top_k=1, or more experts",
+    ),
     "top_k": ({"top_k": 9, "num_experts": 8}, "top_k=9 is larger than num_experts=8", "between 1 and 8"),
     "top_k_zero": ({"top_k": 0}, "top_k=0", "from 1"),
     "num_experts": ({"num_experts": 10**6}, "num_experts=1000000", "to 1024"),

@@ -15,7 +15,15 @@ from transformers import PretrainedConfig
 
 from graphlora.benchmark.memory import measure_memory
 from graphlora.benchmark.random_model import bypassed, decoder_layers, random_model, with_layers
-from graphlora.benchmark.timing import FULL, Stopwatch, interleave, release
+from graphlora.benchmark.timing import FULL, Call, Stopwatch, interleave, release
+from graphlora.tuner.auxiliary import auxiliary_loss
+from graphlora.tuner.config import GraphLoraConfig
+from graphlora.tuner.model import GraphLoraModel
+from graphlora.tuner.tuner_layer import RoutedLayer
+
+# A layer alone starts with an idle device and cold caches, unlike one in a step; so it is timed several times on end,
+# where what that keeps for backward is small.
+_REPEATS, _REPEATED_BYTES = 4, 2**30
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Parts:
         forward: of one decoder layer.
         backward: of one decoder layer.
         rest: forward and backward of embedding, head and loss.
-        losses: forward and backward of what joins the layers' routing to the loss, for one layer.
+        losses: forward and backward of what joins the routing of all layers to the loss.
         optimizer: one step for the adapters of all layers.
         layer_weights: frozen weights of one layer.
         rest_weights: frozen weights outside of the layers.
@@ -84,30 +92,29 @@ def measure_parts(setting: Setting, adapter: PeftConfig | None) -> Parts:
     layers = decoder_layers(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = random_tokens(setting)
-    run_layer = _layer_alone(layers[0], lambda: loss_of(model, ids))
+    memory = _memory_of(setting, model, ids)
+    repeats = max(1, min(_REPEATS, _REPEATED_BYTES // max(1, memory.activations)))
+    once = _layer_alone(layers[0], lambda: loss_of(model, ids))
+    run_layer = _layer_alone(layers[0], lambda: loss_of(model, ids), repeats)
 
     def run_rest(watch: Stopwatch) -> None:
         with bypassed(layers):
             _backward(loss_of(model, ids), trained)
         watch.lap("rest")
 
-    def run_whole(watch: Stopwatch) -> None:
-        _backward(loss_of(model, ids), trained)
-        watch.lap("whole")
-
-    calls = {"layer": lambda w: _ignore(run_layer(w)), "rest": run_rest, "whole": run_whole}
+    calls = {"layer": lambda w: _ignore(run_layer(w)), "rest": run_rest}
+    if (join := _joining(setting, model, once, num_layers)) is not None:
+        calls["losses"] = join
     timings = interleave(calls, setting.device, warmup=3, iterations=setting.iterations).timings
-    forward, backward = timings["layer"]["forward"].median, timings["layer"]["backward"].median
-    rest = timings["rest"]["rest"].median
-    losses = max(0.0, timings["whole"]["whole"].median - forward - backward - rest)
+    full = {name: phases[FULL] for name, phases in timings.items()}
     release(setting.device)
     inner = [p for p in layers[0].parameters() if p.requires_grad]
     return replace(
-        _memory_of(setting, model, ids),
-        forward=forward,
-        backward=backward,
-        rest=rest,
-        losses=losses,
+        memory,
+        forward=timings["layer"]["forward"].median / repeats,
+        backward=timings["layer"]["backward"].median / repeats,
+        rest=full["rest"].median,
+        losses=full["losses"].median if "losses" in full else 0.0,
         optimizer=_optimizer_time(setting, inner, num_layers),
     )
 
@@ -171,16 +178,20 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
     return model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
 
 
-def _layer_alone(layer: nn.Module, run_model: Callable[[], Tensor]) -> Callable[[Stopwatch | None], Tensor]:
-    """Forward of a layer on what the model gives it; with a stopwatch also backward, each timed."""
+def _layer_alone(
+    layer: nn.Module, run_model: Callable[[], Tensor], repeats: int = 1
+) -> Callable[[Stopwatch | None], Tensor]:
+    """Forward of a layer on what the model gives it, `repeats` times on end; a stopwatch times also backward."""
     args, kwargs = _arguments_of(layer, run_model)
     hidden = args[0] if args else kwargs["hidden_states"]
     inner = [p for p in layer.parameters() if p.requires_grad]
 
     def run(watch: Stopwatch | None) -> Tensor:
         leaf = hidden.detach().requires_grad_()
-        result = layer(leaf, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
-        out = result[0] if isinstance(result, tuple) else result
+        out = leaf
+        for _ in range(repeats):
+            result = layer(out, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
+            out = result[0] if isinstance(result, tuple) else result
         if watch is not None:
             watch.lap("forward")
             torch.autograd.grad(out, [leaf, *inner], torch.ones_like(out), allow_unused=True)
@@ -188,6 +199,44 @@ def _layer_alone(layer: nn.Module, run_model: Callable[[], Tensor]) -> Callable[
         return out
 
     return run
+
+
+def _joining(
+    setting: Setting, model: Any, run_layer: Callable[[Stopwatch | None], Tensor], num_layers: int
+) -> Call | None:
+    """Forward and backward of the auxiliary losses of as many layers as the whole model has; None without any.
+
+    They are computed once for all layers, so the time of one layer's says little about theirs.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, GraphLoraModel):
+        return None
+    name = tuner.active_adapters[0]
+    config = cast(GraphLoraConfig, tuner.peft_config[name])
+    tuner.recorder.open([m for m in tuner.modules() if isinstance(m, RoutedLayer)], training=True)
+    run_layer(None)
+    record = tuner.recorder.close()
+    if record is None or not record.entries:
+        return None
+    masks: dict[str, Tensor | None] = {layer.side: None for layer, _ in record.entries}
+    ends: list[Tensor] = []
+    for layer, routing in record.entries:
+        ends += [
+            t for t in (routing.router_logits, routing.router_probs, routing.top_k_weights) if t.requires_grad
+        ]
+        ends += [p for p in layer.coordination(name).parameters() if p.requires_grad]
+    # The sums over a group of blocks tell them apart by their routing.
+    record.entries = [
+        (layer, replace(routing)) for _ in range(num_layers) for layer, routing in record.entries
+    ]
+
+    def join(watch: Stopwatch) -> None:
+        loss = auxiliary_loss(record, masks, name, config, setting.batch_size)
+        if loss.requires_grad:
+            torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True)
+        watch.lap("losses")
+
+    return join
 
 
 def _backward(loss: Tensor, trained: list[nn.Parameter]) -> None:

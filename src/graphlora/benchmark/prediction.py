@@ -61,7 +61,7 @@ def put_together(setting: Setting, parts: Parts) -> Prediction:
     layers = int(text.num_hidden_layers)
     again = parts.forward if setting.gradient_checkpointing else 0.0
     per_layer = parts.forward + parts.backward + again
-    step = layers * (per_layer + parts.losses) + parts.rest + parts.optimizer
+    step = layers * per_layer + parts.losses + parts.rest + parts.optimizer
     tokens = setting.batch_size * setting.length
     input_bytes = tokens * int(text.hidden_size) * torch.finfo(setting.dtype).bits // 8
     memory = peak_bytes(

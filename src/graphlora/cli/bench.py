@@ -73,13 +73,19 @@ def run(arguments: Namespace) -> None:
 
 def bench(arguments: Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """Predictions, and measurements where asked for, as JSON values."""
+    from tqdm import tqdm
+
     from graphlora.benchmark.prediction import measure_whole, predict
 
     setting = make_setting(arguments)
     found = {}
-    for kind, adapter in adapters(options).items():
+    for kind, adapter in (bar := tqdm(adapters(options).items(), unit="model")):
+        bar.set_description(f"{NAMES[kind]}, one layer")
         prediction = predict(setting, adapter)
-        measured = measure_whole(setting, adapter) if arguments.check else None
+        measured = None
+        if arguments.check:
+            bar.set_description(f"{NAMES[kind]}, whole model")
+            measured = measure_whole(setting, adapter)
         found[kind] = _facts(prediction, measured)
     from graphlora.evaluation.efficiency import device_name
 
@@ -102,17 +108,11 @@ def make_setting(arguments: Namespace) -> Setting:
     Raises:
         GraphLoraError: no such model config, device or dtype; rows longer than the model's window.
     """
-    from transformers import AutoConfig
-
     from graphlora.benchmark.layer import Setting
-    from graphlora.training.loading import pick_device, pick_dtype
+    from graphlora.training.loading import load_config, pick_device, pick_dtype
 
     device = pick_device(arguments.device)
-    try:
-        config = AutoConfig.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise GraphLoraError(f"no model config in {arguments.model!r}: {reason}") from error
+    config = load_config(arguments.model)
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     if window is not None and arguments.length > window:
         raise GraphLoraError(

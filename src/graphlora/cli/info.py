@@ -10,8 +10,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from graphlora.adapter_table import check_top_k
 from graphlora.cli.parsing import make_parser
-from graphlora.errors import one_line
+from graphlora.errors import GraphLoraError, one_line
 from graphlora.training.adapter_files import AdapterFiles, read_adapter
 
 DESCRIPTION = """\
@@ -91,6 +92,7 @@ def describe(files: AdapterFiles) -> dict[str, Any]:
         "num_bytes": files.num_bytes,
         "dtypes": sorted(set(files.dtypes.values())),
         "options": {name: files.config[name] for name in SHOWN if files.config.get(name) is not None},
+        "refused": _refusal(files.config),
         "layers": sorted(layers, key=lambda layer: _natural(layer["module"])),
         "record": _read_record(record),
     }
@@ -106,11 +108,24 @@ def as_text(facts: dict[str, Any]) -> str:
         f"{facts['num_bytes'] / 1e6:.1f} MB",
         f"options      {options}",
     ]
+    if facts["refused"]:
+        lines.append(f"refused      it cannot be loaded: {facts['refused']}")
     lines += _record_lines(facts["record"])
     if facts["layers"]:
         lines += ["", *_load_lines(facts["layers"]), "", *_graph_lines(facts["layers"])]
     # What files say is shown without letting it drive the terminal.
     return "\n".join(one_line(line, MAX_LINE) for line in lines)
+
+
+def _refusal(config: dict[str, Any]) -> str | None:
+    """Why an adapter whose tensors fit its configuration cannot be loaded all the same; None where it can."""
+    top_k, num_experts = config.get("top_k"), config.get("num_experts")
+    try:
+        if isinstance(top_k, int) and isinstance(num_experts, int):
+            check_top_k(top_k, num_experts)
+    except GraphLoraError as error:
+        return str(error)
+    return None
 
 
 def _record_lines(record: dict[str, Any] | None) -> list[str]:

@@ -12,6 +12,12 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from graphlora.errors import GraphLoraError
 from graphlora.training.recipe import suggestion
 
+_REFUSED = re.compile(r'Parser key "([^"]+)": Expected an? (.*)\. Got value: (.*)$')
+_REFUSED_BY_ALL = re.compile(
+    r'Parser key "([^"]+)": Does not validate against any of the Union subtypes '
+    r"Subtypes: \[(.*?)\] Errors: .*? Given value: (.*)$"
+)
+
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Help that keeps the line breaks of descriptions and examples."""
@@ -63,16 +69,26 @@ def explained(error: ArgumentError, options: set[str]) -> GraphLoraError:
     if text.lower().startswith("unrecognized arguments:"):
         name = text.split(":", 1)[1].split()[0]
         return GraphLoraError(f"unknown argument {name}{suggestion(name.split('=')[0], options)}")
-    if found := re.match(r'Parser key "([^"]+)": Expected an? (.*)\. Got value: (.*)$', text):
+    if found := _REFUSED.match(text) or _REFUSED_BY_ALL.match(text):
         name, expected, value = found.groups()
-        expected = re.sub(r"<class '(\w+)'>", r"\1", expected).replace("typing.", "")
-        return GraphLoraError(f"--{name.split('.')[-1]} is {value!r}; expected {expected}")
+        return GraphLoraError(f"--{name.split('.')[-1]} is {value!r}; expected {_readable(expected)}")
     return GraphLoraError(f"{text}; see --help")
 
 
 def option_names(parser: ArgumentParser) -> set[str]:
     """Every option of a parser, as it is typed."""
     return {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
+
+
+def _readable(types: str) -> str:
+    """The parser's words for types as a user would say them; `null`, which nearly every option may be, goes unsaid."""
+    words = re.sub(r"<class '(\w+)'>", r"\1", types).replace("typing.", "")
+    words = re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", ""), words)
+    if words.startswith("one of"):
+        return words
+    kinds = [kind for kind in re.split(r", (?![^\[]*\])", words) if kind != "NoneType"]
+    example = ", as in '{name: value}'" if kinds[-1].startswith("dict") else ""
+    return " or ".join(kinds) + example
 
 
 def _underscored(argument: str) -> str:

@@ -81,7 +81,7 @@ def expert_flow_figure(
         raise GraphLoraError(
             f"the graph is {edges.shape} and the flow {moves.shape}; both must be ({count}, {count})"
         )
-    figure, axes = _new_figure(7.0, 7.6)
+    figure, axes = _new_figure(7.0, 6.6)
     angles = [math.pi / 2 - 2 * math.pi * expert / count for expert in range(count)]
     places = np.array([(math.cos(angle), math.sin(angle)) for angle in angles])
     _draw_edges(axes, places, edges)

@@ -13,7 +13,7 @@ from graphlora.study.plan import Run
 from graphlora.study.records import StudyFolder
 from graphlora.study.runner import duration, visible_devices
 from graphlora.study.spec import StudySpec
-from graphlora.untrusted import check_model_place
+from graphlora.untrusted import check_model_place, local_path
 
 State = Literal["done", "running", "failed", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
@@ -97,12 +97,23 @@ def plan_text(spec: StudySpec, status: Status, folder: StudyFolder, slots: int) 
     )
     if "rule" in sources:
         lines.append(f"where no record tells, by rule of thumb: {RULE}")
-    for name in sorted({run.recipe().model for run in missing}):
-        try:
-            check_model_place(name)
-        except GraphLoraError as error:
-            lines.append(f"{error}: its size is taken from its name, or as a billion parameters")
+    guessed = {run.recipe().model for run in missing if status.estimates[run.run_id].source == "rule"}
+    lines += filter(
+        None, (_doubt(name, name in guessed) for name in sorted({run.recipe().model for run in missing}))
+    )
     return "\n".join(lines)
+
+
+def _doubt(model: str, guessed: bool) -> str | None:
+    """A line about a model that is not on this disk: that it is missing, or that its size is a guess."""
+    guess = "its size is taken from its name, or as a billion parameters"
+    try:
+        check_model_place(model)
+    except GraphLoraError as error:
+        return f"{error}: {guess}"
+    if not guessed or local_path(model) is not None:
+        return None
+    return f"no folder {model} here, and the hub is not asked before a run: {guess}"
 
 
 def status_text(spec: StudySpec, status: Status, folder: StudyFolder, slots: int) -> str:

@@ -24,7 +24,7 @@ from graphlora.errors import GraphLoraError
 from graphlora.training.adapter_files import WEIGHT_PREFIX, AdapterFiles, is_adapter, read_adapter
 from graphlora.training.processes import wants_sharding
 from graphlora.tuner.register import register
-from graphlora.untrusted import check_model_place
+from graphlora.untrusted import check_model_place, local_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODULE_OF_WEIGHT = re.compile(r"^(.*?)\.(?:lora_|graphlora_|modules_to_save)")
@@ -216,8 +216,10 @@ def _place(name: str) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
-        if (path / "config.json").is_file() or not files:
+        if (path / "config.json").is_file():
             return {"pretrained_model_name_or_path": str(path)}
+        if not files:
+            raise GraphLoraError(f"no model in {name}: the folder has no config.json; check the path")
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise GraphLoraError(f"{name} holds several .gguf files ({names}); name one of them")
@@ -253,8 +255,14 @@ def _from_hub(name: str, load: Callable[[], T]) -> T:
     except ImportError as error:
         raise GraphLoraError(f"{name} needs a package that is missing: {_first_line(error)}") from error
     except (OSError, ValueError) as error:
-        raise GraphLoraError(f"cannot load model {name}: {_first_line(error)}") from error
+        reason = _first_line(error)
+        if isinstance(error, OSError) and "connect" in reason and local_path(name) is None:
+            reason = f"{reason.rstrip('.')}; no such directory either; check the name or the network"
+        raise GraphLoraError(f"cannot load model {name}: {reason}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """The first line of a message; all of it where that only leads to a list."""
+    text = str(error).strip()
+    line = text.split("\n")[0].strip()
+    return (" ".join(text.split()) if line.endswith(":") else line) or type(error).__name__

@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from graphlora.adapter_table import MANIFEST_FILE
 from graphlora.errors import GraphLoraError
 from graphlora.records import write_text
 from graphlora.training.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
-MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 1
 # The model card is left out: people write in it.
 REQUIRED, OPTIONAL = (CONFIG_FILE, WEIGHTS_FILE), ("config.yaml", "record.json")

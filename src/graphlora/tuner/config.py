@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
-from graphlora.adapter_table import check_folder, read_config
+from graphlora.adapter_table import check_folder, check_top_k, read_config
 from graphlora.errors import GraphLoraError
 from graphlora.ops.backend import BACKENDS
 from graphlora.tuner.config_checks import check_names, check_size, check_types
@@ -226,11 +226,7 @@ class GraphLoraConfig(PeftConfig):
         _check_int("router_num_layers", self.router_num_layers, 1, MAX_ROUTER_LAYERS)
         _check_int("router_hidden_size", self.router_hidden_size, 1, MAX_ROUTER_WIDTH)
         _check_int("graph_seed", self.graph_seed, 0, 2**62)
-        if self.top_k > self.num_experts:
-            raise GraphLoraError(
-                f"top_k={self.top_k} is larger than num_experts={self.num_experts}; "
-                f"choose top_k between 1 and {self.num_experts}."
-            )
+        check_top_k(self.top_k, self.num_experts)
         _check_float("edge_density", self.edge_density, 0.0, 1.0)
         _check_float("lora_dropout", self.lora_dropout, 0.0, 0.999)
         _check_float("load_decay", self.load_decay, 0.0, 0.99999)
