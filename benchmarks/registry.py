@@ -61,7 +61,6 @@ def _ffn_case(shape: Shape, r: int, tokens: int, skew: str, more: bool, seconds:
             "peft_bfloat16_dropout",
             "triton_dropout",
             "triton_recompute",
-            "triton_joined",
             "triton_layer",
             "torch",
             "torch_compiled",
@@ -90,6 +89,7 @@ def _ffn_cases() -> tuple[Case, ...]:
     return (*first, *rest)
 
 
+_JOINED = ["frozen", "triton", "triton_joined"]
 _STEP_CANDIDATES = (
     "frozen",
     "peft_bfloat16_r16",
@@ -115,7 +115,7 @@ def _step_case(shape: Shape, seconds: float) -> Case:
         "batch": 8,
         "length": 512,
         "in_a_row": 2,
-        "iterations": 20,
+        "iterations": 14,
         "candidates": list(_STEP_CANDIDATES),
     }
     return Case("step", f"{shape.name} 8 layers 8x512", params, seconds)
@@ -169,7 +169,6 @@ _MODES = Case(
             "triton_r8_compiled",
             "triton_r8_ligers",
             "eager_r8",
-            "eager_r8_compiled",
             "loop_r8",
         ],
     },
@@ -249,6 +248,26 @@ SUITES: dict[str, Suite] = {
             (Case("ceilings", "gemm and copy", {"size": 64}),),
         ),
         Suite("ffn", _ffn_cases(), (_FFN_TINY,)),
+        Suite(
+            "joined",
+            tuple(
+                Case(
+                    "joined",
+                    f"{shape.name} r{r} T8192",
+                    {"shape": shape.name, "r": r, "tokens": 8192, "skew": "balanced", "candidates": _JOINED},
+                    6,
+                )
+                for r in (8, 16)
+                for shape in EIGHT_BILLION
+            ),
+            (
+                Case(
+                    "joined",
+                    "tiny r2 T24",
+                    {"shape": "tiny", "r": 2, "tokens": 24, "skew": "skewed", "candidates": _JOINED},
+                ),
+            ),
+        ),
         Suite(
             "products",
             (
