@@ -159,7 +159,6 @@ _MODES = Case(
             "triton_r16",
             "triton_r16_graph",
             "triton_r16_regions",
-            "triton_r16_joined",
             "triton_r16_liger",
             "triton_r16_ligers",
             "triton_dropout_r16",
@@ -172,7 +171,7 @@ _MODES = Case(
             "loop_r8",
         ],
     },
-    150,
+    110,
 )
 _STEP_TINY = Case(
     "step",

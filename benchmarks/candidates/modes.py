@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from typing import Any, cast
 from unittest import mock
@@ -18,11 +17,10 @@ from benchmarks.failures import NotHere
 from graphlora.benchmark.timing import Call, Stopwatch
 from graphlora.training.captured import CapturedSteps
 from graphlora.training.loss_kernel import fused_loss_options
-from graphlora.tuner.layer import GraphLoraLayer
 
 _ROTARY = "apply_rotary_pos_emb"
 # Endings of a candidate's name.
-MODES = ("graph", "compiled", "regions", "joined", "liger", "ligers")
+MODES = ("graph", "compiled", "regions", "liger", "ligers")
 
 
 def split_mode(name: str) -> tuple[str, str | None]:
@@ -34,16 +32,16 @@ def split_mode(name: str) -> tuple[str, str | None]:
 def candidate_in_mode(name: str, base: nn.Module, device: torch.device) -> ModelCandidate:
     """`step_candidate`, its model compiled or with a fused loss where the name's ending says so.
 
-    `compiled` is one program for the whole model; `regions` compiles a decoder layer once for all layers; `joined`
-    has the weights of gate and up in one piece of memory; `liger` takes Liger's loss, which never holds all logits,
-    and `ligers` its norms and rotary embedding as well; `graph` changes nothing here, see `call_in_mode`.
+    `compiled` is one program for the whole model; `regions` compiles a decoder layer once for all layers; `liger`
+    takes Liger's loss, which never holds all logits, and `ligers` its norms and rotary embedding as well; `graph`
+    changes nothing here, see `call_in_mode`.
 
     Raises:
         KeyError: an unknown name.
         NotHere: a mode that this machine or this model cannot have.
     """
     source, mode = split_mode(name)
-    candidate = step_candidate(source, copy.deepcopy(base) if mode == "joined" else base)
+    candidate = step_candidate(source, base)
     if mode == "compiled":
         compiled = torch.compile(candidate.model, dynamic=False, backend=compiler_of(device))
         candidate.model = cast(nn.Module, compiled)
@@ -51,10 +49,6 @@ def candidate_in_mode(name: str, base: nn.Module, device: torch.device) -> Model
         from accelerate.utils import compile_regions
 
         candidate.model = compile_regions(candidate.model, dynamic=False, backend=compiler_of(device))
-    elif mode == "joined":
-        layers = [module for module in candidate.model.modules() if isinstance(module, GraphLoraLayer)]
-        assert layers
-        assert all(layer.parts.join_weights() for layer in layers)
     elif mode in ("liger", "ligers"):
         _apply_liger(candidate, device, norms=mode == "ligers")
     return candidate

@@ -23,7 +23,7 @@ def measure(context: Context) -> None:
     bench = FfnBench(SHAPES[p["shape"]], p["r"], p["tokens"], p["skew"], context.device, context.dtype)
     made = context.build(p["candidates"], bench.candidate)
     calls = {name: timed_call(candidate, bench) for name, candidate in made.items()}
-    context.add_timings(context.interleave(calls))
+    context.add_timings(context.interleave(calls, in_a_row=2))
     if context.device.type == "cuda" and p["tokens"] <= _GRAPHED_UP_TO:
         # The loops read on the host which tokens an expert has.
         runs = {

@@ -145,7 +145,8 @@ def test_calls_in_a_row_come_before_the_timed_one():
         return call
 
     result = interleave({n: call_of(n) for n in "ab"}, CPU, warmup=1, iterations=2, in_a_row=2)
-    assert calls == list("aabb") * 3
+    turns = ["".join(calls[i : i + 4]) for i in range(0, 12, 4)]
+    assert set(turns) == {"aabb", "bbaa"}
     for name in "ab":
         assert result.timings[name]["full"].iterations == 2
         assert result.timings[name]["full"].high < 10

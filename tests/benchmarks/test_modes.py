@@ -38,7 +38,7 @@ def test_names():
 # Dynamo of torch 2.13 makes an instance of the function it traces, and looks at the gradients of inputs.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("mode", ["compiled", "regions", "joined"])
+@pytest.mark.parametrize("mode", ["compiled", "regions"])
 def test_a_mode_gives_the_same_gradients(base, ids, mode):
     torch.manual_seed(0)
     plain = grads(candidate_in_mode("torch_r8", base, CPU), ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -95,10 +96,10 @@ def interleave(
     failures: tuple[type[BaseException], ...] = (),
     in_a_row: int = 1,
 ) -> Interleaved:
-    """Times the candidates A, B, A, B, ...
+    """Times the candidates turn by turn, in an order that is drawn anew for each turn.
 
-    The host runs ahead of a GPU. How far, when a candidate's turn begins, depends on whose turn was before, where the
-    candidate is called but once in its turn.
+    A GPU that waited is faster for a while, and the host's lead over it goes from one candidate to the next: whoever
+    always followed one that launches slowly would gain, or lose.
 
     Args:
         calls: by name; each does one iteration and ends its phases with `Stopwatch.lap`.
@@ -117,7 +118,7 @@ def interleave(
         if turn >= warmup + 3 and time.monotonic() > end:
             break
         watches: dict[str, Stopwatch] = {}
-        for name, call in list(alive.items()):
+        for name, call in random.Random(turn).sample([*alive.items()], len(alive)):
             watch = Stopwatch(device)
             try:
                 for _ in range(in_a_row - 1):

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from graphlora.errors import GraphLoraError
 from graphlora.ops.expert_ffn.activations import DifferentiableAct
-from graphlora.ops.expert_ffn.joined import join
 from graphlora.ops.lora_linear import plain_matrix
 
 
@@ -143,24 +142,6 @@ class FfnParts:
         gate = _plain_weight(getattr(self.block, pattern.gate_proj), x)
         up = _plain_weight(getattr(self.block, pattern.up_proj), x)
         return None if gate is None or up is None else (gate, up)
-
-    def join_weights(self) -> bool:
-        """Moves the weights of gate and up into one piece of memory, where one product does the work of two.
-
-        Modules, parameters and values stay what they are; moving the model to another device or dtype undoes it.
-
-        Returns:
-            Whether the block has two plain weights to join.
-        """
-        pattern = self.pattern
-        if pattern.gate_proj is None or pattern.up_proj is None:
-            return False
-        gate, up = (getattr(self.block, name) for name in (pattern.gate_proj, pattern.up_proj))
-        x = getattr(gate, "weight", None)
-        if not isinstance(x, Tensor) or _plain_weight(gate, x) is None or _plain_weight(up, x) is None:
-            return False
-        join(gate.weight, up.weight)
-        return True
 
     def plain_down(self, hidden: Tensor) -> Tensor | None:
         """Weight of the down projection, `[d, f]`, where it is a plain matrix without bias in the dtype of `hidden`."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphlora.ops.operations import is_traced
 
@@ -27,9 +26,3 @@ def joined(gate: Tensor, up: Tensor) -> Tensor | None:
         return None
     f, d = gate.shape
     return gate.detach().as_strided((2 * f, d), (d, 1))
-
-
-def join(gate: nn.Parameter, up: nn.Parameter) -> None:
-    """Moves both weights into one piece of memory, for `joined`; parameters and values stay what they are."""
-    both = torch.cat([gate.data, up.data])
-    gate.data, up.data = both.chunk(2)
