@@ -45,7 +45,7 @@ def pick_device(device: str = "auto") -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        found = torch.accelerator.current_accelerator(check_available=True)
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         names = "cpu" if found is None else f"cpu, {found.type}"
         raise GraphLoraError(f"device {device!r} is not available here; use {names} or auto") from error
 
