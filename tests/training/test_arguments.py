@@ -37,6 +37,21 @@ def test_activation_checkpointing_is_not_reentrant(tmp_path):
     assert found.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
+def test_a_schedule_that_lacks_its_options_is_refused_before_training(tmp_path):
+    with pytest.raises(GraphLoraError, match=r"min_lr.*lr_scheduler_kwargs"):
+        arguments(tmp_path, lr_scheduler_type="cosine_with_min_lr")
+    options = {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    found = arguments(tmp_path, lr_scheduler_type="cosine_with_min_lr", training_args=options)
+    assert found.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "cosine", "constant", "constant_with_warmup", "reduce_lr_on_plateau"]
+)
+def test_schedules_without_options_are_taken(tmp_path, name):
+    assert arguments(tmp_path, lr_scheduler_type=name).lr_scheduler_type == name
+
+
 def test_without_validation_nothing_is_chosen(tmp_path):
     found = arguments(tmp_path, eval_strategy="no")
     assert not found.load_best_model_at_end

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.recipe import Recipe, suggestion
@@ -91,9 +91,20 @@ def training_arguments(
         values["metric_for_best_model"] = None
     values |= _checked(recipe)
     try:
-        return TrainingArguments(**values)
+        arguments = TrainingArguments(**values)
+        _try_schedule(arguments)
+        return arguments
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise GraphLoraError(f"transformers refuses the recipe: {' '.join(str(error).split())}") from error
+
+
+def _try_schedule(arguments: TrainingArguments) -> None:
+    """Makes the learning-rate schedule once: `Trainer` does so when everything is loaded, and then it is late."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    options: Any = arguments.lr_scheduler_kwargs
+    get_scheduler(
+        arguments.lr_scheduler_type, optimizer, 1, 2, options if isinstance(options, dict) else None
+    )
 
 
 def _optimizer(recipe: Recipe) -> str:
