@@ -216,9 +216,8 @@ def test_tuning_leaves_the_test_split_alone(study_values, tmp_path, monkeypatch)
         seen.append(split)
         return load_examples(spec, split, **options)
 
-    for module in ("kept", "plan"):
-        monkeypatch.setattr(f"graphlora.study.{module}.load_examples", spied)
-    monkeypatch.setattr("graphlora.training.run_data.load_examples", spied)
+    for module in ("tasks.catalog", "study.plan", "training.run_data"):
+        monkeypatch.setattr(f"graphlora.{module}.load_examples", spied)
     runs = make_runs(read_spec({**study_values, "evaluate": "validation", "seeds": [0]}))
     folder = StudyFolder(tmp_path / "r")
     assert run_study(runs, folder, tell=lambda line: None) == 0
