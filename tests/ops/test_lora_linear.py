@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphlora.ops.backend import has_triton, interprets_triton
 from graphlora.ops.dropout.reference import hashed_mask
-from graphlora.ops.lora_linear import add_low_rank, lora_linear, plain_matrix
+from graphlora.ops.lora_linear import AdaptedMatrix, add_low_rank, lora_linear, lora_linears, plain_matrix
 
 SCALING = 1.7
 
@@ -20,7 +20,9 @@ class Kernels(TorchDispatchMode):
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not any(tag in str(func) for tag in ("view", "aten.t.", "detach", "empty", "permute", "alias")):
+        if not any(
+            tag in str(func) for tag in ("view", "aten.t.", "split", "detach", "empty", "permute", "alias")
+        ):
             self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -120,6 +122,65 @@ def test_first_layer_needs_no_gradient_of_its_input():
     torch.testing.assert_close(A.grad, 2 * torch.autograd.grad(written_out(layer, x, A, B).sum(), A)[0])
 
 
+def several(dtype=torch.float32, shape=(2, 5)):
+    """x, and matrices that read it: of different sizes and ranks, one without a bias."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*sizes):
+        return torch.randn(*sizes, generator=generator)
+
+    x = random(*shape, 12).to(dtype).requires_grad_()
+    matrices = []
+    for out, rank, has_bias in ((8, 3, True), (4, 1, False), (5, 2, True)):
+        bias = random(out).to(dtype) if has_bias else None
+        pair = random(rank, 12).requires_grad_(), random(out, rank).requires_grad_()
+        matrices.append(AdaptedMatrix(random(out, 12).to(dtype), bias, *pair))
+    return x, matrices
+
+
+def results_of_several(function, x, matrices):
+    outs = function(x, matrices)
+    total = sum((out * torch.ones_like(out).cumsum(-1)).sum() for out in outs)
+    pairs = [tensor for matrix in matrices for tensor in matrix[2:]]
+    return (*outs, *torch.autograd.grad(total, [x, *pairs]))
+
+
+def one_by_one(x, matrices):
+    return [
+        nn.functional.linear(x, m.weight, m.bias)
+        + (SCALING * (x @ m.lora_A.to(x.dtype).T)) @ m.lora_B.to(x.dtype).T
+        for m in matrices
+    ]
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (4,), (), (0,)])
+def test_several_matrices_of_one_x_equal_the_formula(shape):
+    arguments = several(shape=shape)
+    found = results_of_several(lambda x, matrices: lora_linears(x, matrices, SCALING), *arguments)
+    for one, expected in zip(found, results_of_several(one_by_one, *arguments), strict=True):
+        assert one.shape == expected.shape
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_several_matrices_in_half_precision_beside_float32_pairs():
+    found = results_of_several(lambda x, m: lora_linears(x, m, SCALING), *several(torch.bfloat16))
+    exact = results_of_several(one_by_one, *several())
+    assert [t.dtype for t in found] == [torch.bfloat16] * 4 + [torch.float32] * 6
+    for one, other in zip(found, exact, strict=True):
+        assert (one.float() - other).norm() / other.norm() < 0.02
+
+
+def test_several_matrices_in_float64_by_finite_differences():
+    x, matrices = several(torch.float64, shape=(3,))
+    pairs = [tensor.detach().double().requires_grad_() for matrix in matrices for tensor in matrix[2:]]
+
+    def function(x, *pairs):
+        changed = [AdaptedMatrix(*m[:2], *pairs[2 * i : 2 * i + 2]) for i, m in enumerate(matrices)]
+        return lora_linears(x, changed, SCALING)
+
+    assert torch.autograd.gradcheck(function, (x, *pairs))
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CAST = ["_foreach_copy_"]
 # On a GPU the products themselves give float32.
@@ -146,6 +207,25 @@ def test_calls(function, forward, backward, device):
     with Kernels() as calls:
         out.backward(grad)
     assert sorted(calls.names) == sorted(TO_FLOAT32[device] + backward)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_calls_of_several_matrices(device):
+    """Beside the frozen products (3 and 3): one cast, one A and one gradient of A; x gets its gradient from 4 sums."""
+    x, matrices = several(torch.bfloat16)
+    x = x.detach().to(device).requires_grad_()
+    matrices = [AdaptedMatrix(*(t if t is None else t.detach().to(device) for t in m)) for m in matrices]
+    matrices = [AdaptedMatrix(*m[:2], *(t.requires_grad_() for t in m[2:])) for m in matrices]
+    with Kernels() as calls:
+        outs = lora_linears(x, matrices, SCALING)
+    frozen = ["addmm", "mm", "addmm"]
+    assert sorted(calls.names) == sorted(["cat", *CAST, "addmm", *frozen, "addmm", "addmm", "addmm"])
+    grads = [torch.ones_like(out) for out in outs]
+    with Kernels() as calls:
+        torch.autograd.backward(outs, grads)
+    narrowed = [name for name in TO_FLOAT32[device] for _ in range(2)]
+    low, x_grads, pair_grads = ["addmm"] * 3 + ["cat"], ["mm"] + ["addmm_"] * 3, ["mm"] * 4
+    assert sorted(calls.names) == sorted([*narrowed, *low, *x_grads, *pair_grads])
 
 
 def test_what_is_not_a_plain_matrix():

@@ -138,7 +138,8 @@ def test_blocks_offloaded_to_disk_answer_as_before(make_adapted, tokens, tmp_pat
     block = dispatched.base_model.model.model.layers[0].mlp
     assert block.base_layer.up_proj.weight.is_meta
     assert block.graphlora_up_proj["default"].lora_A.is_meta
-    assert torch.equal(logits(dispatched, tokens), expected)
+    # Projections whose weights are fetched are computed one by one, which rounds otherwise.
+    torch.testing.assert_close(logits(dispatched, tokens), expected, rtol=1e-5, atol=1e-6)
     assert dispatched(input_ids=tokens, labels=tokens).aux_loss == 0
     with pytest.raises(GraphLoraError, match=r"model.layers.0.mlp is offloaded.*device_map"):
         dispatched.train()(input_ids=tokens, labels=tokens)

@@ -1,4 +1,4 @@
-"""A frozen linear layer with one low-rank pair: `W x + s B A x`, in as few calls as there are matrix products.
+"""Frozen linear layers with one low-rank pair each: `W x + s B A x`, in as few calls as there are matrix products.
 
 The pair's weights may be float32 beside a half-precision layer. Both are cast by one call, every product runs in the
 dtype of the layer, and those that give gradients of float32 weights give float32. Beside the frozen layer this takes 1
@@ -6,18 +6,38 @@ cast and 2 products forward, 4 products backward: the scaling is a factor of a p
 matrix, both sums (of the outputs, and of the two gradients of x) are accumulated by the second product in place.
 First-order gradients only.
 
+Layers that read one x share what reads or writes x: one product gives `A x` of all pairs, one the gradients of all A,
+and the gradients of x are summed by the products themselves, in place.
+
 With `dropout`, on devices where Triton runs, the input of A is dropped out: a copy that is made again in backward
 instead of being kept, and a mask in the product that gives x its gradient.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from graphlora.ops.products import add_product, product_float32
+
+
+class AdaptedMatrix(NamedTuple):
+    """A plain frozen matrix and its low-rank pair.
+
+    Attributes:
+        weight: `[out, in]`.
+        bias: `[out]` or None.
+        lora_A: `[r, in]`.
+        lora_B: `[out, r]`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
 
 
 def add_low_rank(
@@ -66,7 +86,25 @@ def lora_linear(
     Returns:
         `[..., out]` in the dtype of `x`.
     """
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, _seed(x, dropout))
+    return lora_linears(x, [AdaptedMatrix(weight, bias, lora_A, lora_B)], scaling, dropout)[0]
+
+
+def lora_linears(
+    x: Tensor, matrices: Sequence[AdaptedMatrix], scaling: float, dropout: float = 0.0
+) -> tuple[Tensor, ...]:
+    """`W x + b + s B A x` for plain frozen matrices that read the same x; no gradients for weights and biases.
+
+    Args:
+        x: `[..., in]`.
+        matrices: the matrices, their pairs in one dtype.
+        scaling: s = lora_alpha / r, of all.
+        dropout: probability of dropping entries of the x that every A sees, the same for all; needs Triton.
+
+    Returns:
+        `[..., out]` of each, in the dtype of `x`.
+    """
+    flat = [tensor for matrix in matrices for tensor in matrix]
+    return _LoraLinear.apply(x, scaling, dropout, _seed(x, dropout), *flat)
 
 
 def plain_matrix(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -99,7 +137,7 @@ class _AddLowRank(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         rows = _rows(x)
-        A, B = _cast(lora_A, lora_B, x.dtype)
+        A, B = _cast([lora_A, lora_B], x.dtype)
         low = _scaled_product(_seen(rows, seed, dropout), A.T, scaling)
         out = torch.addmm(_rows(result), low, B.T)
         ctx.save_for_backward(rows, low, A, B, seed)
@@ -111,7 +149,8 @@ class _AddLowRank(torch.autograd.Function):
         rows, low, A, B, seed = ctx.saved_tensors
         grad = _rows(grad_outputs[0])
         seen = _seen(rows, seed, ctx.dropout)
-        d_low, d_A, d_B = _weight_gradients(grad, seen, low, B, ctx.scaling, ctx.dtypes)
+        d_low = _scaled_product(grad, B, ctx.scaling)
+        d_A, d_B = _product(d_low.T, seen, ctx.dtypes[0]), _product(grad.T, low, ctx.dtypes[1])
         d_x = None
         if ctx.needs_input_grad[1]:
             # The mask of x, on its gradient.
@@ -122,33 +161,40 @@ class _AddLowRank(torch.autograd.Function):
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout: float,
-        seed: Tensor | None,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, scaling: float, dropout: float, seed: Tensor | None, *flat: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, biases, lora_As, lora_Bs = flat[0::4], flat[1::4], flat[2::4], flat[3::4]
         rows = _rows(x)
-        A, B = _cast(lora_A, lora_B, x.dtype)
+        A, *Bs = _cast([_stacked(lora_As), *lora_Bs], x.dtype)
         low = _scaled_product(_seen(rows, seed, dropout), A.T, scaling)
-        out = add_product(nn.functional.linear(rows, weight, bias), low, B.T)
-        ctx.save_for_backward(rows, weight, low, A, B, seed)
-        ctx.scaling, ctx.dropout, ctx.dtypes = scaling, dropout, (lora_A.dtype, lora_B.dtype)
-        return out.view(*x.shape[:-1], weight.shape[0])
+        ctx.save_for_backward(rows, low, A, seed, *weights, *Bs)
+        ctx.scaling, ctx.dropout, ctx.dtypes = scaling, dropout, (lora_As[0].dtype, lora_Bs[0].dtype)
+        frozen = (nn.functional.linear(rows, *matrix) for matrix in zip(weights, biases, strict=True))
+        outs = [
+            add_product(*parts)
+            for parts in zip(frozen, _apart(low, Bs, dim=1), (B.T for B in Bs), strict=True)
+        ]
+        return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, low, A, B, seed = ctx.saved_tensors
-        grad = _rows(grad_outputs[0])
+        rows, low, A, seed, *frozen_and_Bs = ctx.saved_tensors
+        count = len(grad_outputs)
+        weights, Bs = frozen_and_Bs[:count], frozen_and_Bs[count:]
+        grads = [_rows(grad) for grad in grad_outputs]
         seen = _seen(rows, seed, ctx.dropout)
-        d_low, d_A, d_B = _weight_gradients(grad, seen, low, B, ctx.scaling, ctx.dtypes)
+        d_lows = [_scaled_product(grad, B, ctx.scaling) for grad, B in zip(grads, Bs, strict=True)]
+        d_low = _stacked(d_lows, dim=1)
+        d_A = _product(d_low.T, seen, ctx.dtypes[0])
+        d_As = _apart(d_A, Bs, dim=0)
+        d_Bs = [
+            _product(g.T, part, ctx.dtypes[1]) for g, part in zip(grads, _apart(low, Bs, dim=1), strict=True)
+        ]
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = grad @ weight
+            d_x = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                d_x.addmm_(grad, weight)
             if seed is None:
                 d_x.addmm_(d_low, A)
             else:
@@ -156,7 +202,8 @@ class _LoraLinear(torch.autograd.Function):
 
                 d_x = add_dropped_product(d_x, d_low, A, seed, ctx.dropout)
             d_x = d_x.view(*grad_outputs[0].shape[:-1], A.shape[1])
-        return d_x, None, None, d_A, d_B, None, None, None
+        flat = [grad for pair in zip(d_As, d_Bs, strict=True) for grad in (None, None, *pair)]
+        return d_x, None, None, None, *flat
 
 
 def _seed(x: Tensor, dropout: float) -> Tensor | None:
@@ -176,26 +223,22 @@ def _seen(rows: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     return dropped(rows, seed, dropout)
 
 
-def _cast(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both in `dtype`, by one call."""
-    if lora_A.dtype == dtype or lora_B.dtype == dtype:
-        return lora_A.to(dtype), lora_B.to(dtype)
-    A, B = torch.empty_like(lora_A, dtype=dtype), torch.empty_like(lora_B, dtype=dtype)
-    torch.ops.aten._foreach_copy_.default([A, B], [lora_A, lora_B])
-    return A, B
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """All in `dtype`, by one call."""
+    if any(tensor.dtype == dtype for tensor in tensors):
+        return [tensor.to(dtype) for tensor in tensors]
+    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch.ops.aten._foreach_copy_.default(cast, tensors)
+    return cast
 
 
-def _weight_gradients(
-    grad: Tensor,
-    rows: Tensor,
-    low: Tensor,
-    B: Tensor,
-    scaling: float,
-    dtypes: tuple[torch.dtype, torch.dtype],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `A x` (in the dtype of the products), A and B (in their own); `low` is `s A x`."""
-    d_low = _scaled_product(grad, B, scaling)
-    return d_low, _product(d_low.T, rows, dtypes[0]), _product(grad.T, low, dtypes[1])
+def _stacked(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _apart(stacked: Tensor, Bs: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    """What belongs to each pair of a tensor with the ranks of all along `dim`."""
+    return [stacked] if len(Bs) == 1 else stacked.split([B.shape[1] for B in Bs], dim)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,11 +15,12 @@ from graphlora.ops.backend import resolve_backend
 from graphlora.ops.decode import few_tokens, lora_linear_decode
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn
 from graphlora.ops.expert_ffn.support import unsupported
-from graphlora.ops.lora_linear import add_low_rank, lora_linear, plain_matrix
+from graphlora.ops.lora_linear import AdaptedMatrix, add_low_rank, lora_linear, plain_matrix
 from graphlora.router import CenteredRouter, GraphRouter, build_adjacency
 from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.ffn import FfnParts, features
 from graphlora.tuner.record import Recorder
+from graphlora.tuner.shared_input import SharedInput
 from graphlora.tuner.tuner_layer import RoutedLayer, TunerLayer, from_pattern
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -208,6 +209,9 @@ class GraphLoraLinear(TunerLayer):
     Args:
         base_layer: the frozen linear layer, quantized or not.
         block_name: its name in the model.
+
+    Attributes:
+        shared_input: the projections that may read the same tensor, this one among them.
     """
 
     adapter_layer_names = ("graphlora_attention",)
@@ -217,6 +221,7 @@ class GraphLoraLinear(TunerLayer):
         super().__init__(base_layer, block_name)
         self.in_features, self.out_features = features(base_layer)
         self.graphlora_attention = nn.ModuleDict()
+        self.shared_input = SharedInput([self])
 
     def update_layer(self, adapter_name: str, config: GraphLoraConfig, inference_mode: bool = False) -> None:
         """Adds an adapter to this projection."""
@@ -233,21 +238,40 @@ class GraphLoraLinear(TunerLayer):
         name = self.active_name(self.graphlora_attention)
         if name is None:
             return self.base_layer(x, *args, **kwargs)
-        lora_A, lora_B = cast(LoraPair, self.graphlora_attention[name])()
-        scaling, dropout = self.scaling[name], self.configs[name].lora_dropout if self.training else 0.0
+        out = self.shared_input.collect(self, x)
+        if out is not None:
+            return out
+        lora_A, lora_B = self._pair(name)
+        scaling, dropout = self.scaling[name], self._dropout(name)
         if not self.training and few_tokens(x) and not args and not kwargs:
             backend = _resolve_backend(self.configs[name].backend, x.device.type)
             if backend == "triton":
                 return lora_linear_decode(x, self.base_layer, lora_A, lora_B, scaling)
         hashed = bool(dropout) and self._drops_in_kernels(name, x)
         matrix = plain_matrix(self.base_layer, x) if hashed or not dropout else None
-        if matrix is not None:
+        if matrix is not None and dropout:
             return lora_linear(x, *matrix, lora_A, lora_B, scaling, dropout)
+        if matrix is not None:
+            return self.shared_input.compute(self, x, AdaptedMatrix(*matrix, lora_A, lora_B), scaling)
         result = self.base_layer(x, *args, **kwargs)
         if hashed:
             return add_low_rank(result, x, lora_A, lora_B, scaling, dropout)
         x = nn.functional.dropout(x, dropout) if dropout else x
         return add_low_rank(result, x, lora_A, lora_B, scaling)
+
+    def adapted_matrix(self, x: Tensor) -> tuple[AdaptedMatrix, float] | None:
+        """What calling this on `x` computes, and the scaling; None where it is more than a matrix and its pair."""
+        name = self.active_name(self.graphlora_attention)
+        matrix = plain_matrix(self.base_layer, x) if name is not None else None
+        if name is None or matrix is None or self._dropout(name):
+            return None
+        return AdaptedMatrix(*matrix, *self._pair(name)), self.scaling[name]
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return cast(LoraPair, self.graphlora_attention[name])()
+
+    def _dropout(self, name: str) -> float:
+        return self.configs[name].lora_dropout if self.training else 0.0
 
     def _drops_in_kernels(self, name: str, x: Tensor) -> bool:
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):

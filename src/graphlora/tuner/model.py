@@ -19,6 +19,7 @@ from graphlora.router import GraphRouter, Routing, begin_updates
 from graphlora.tuner import ffn
 from graphlora.tuner.auxiliary import auxiliary_loss
 from graphlora.tuner.config import GraphLoraConfig
+from graphlora.tuner.layer import GraphLoraLinear
 from graphlora.tuner.masks import named_arguments, num_samples, share_of_batch, token_masks
 from graphlora.tuner.outputs import AUX_FIELDS, with_aux
 from graphlora.tuner.placing import Placement
@@ -299,7 +300,9 @@ class GraphLoraModel(BaseTuner):
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         """Puts a base module back in unloading. PEFT's own also copies `weight`, which an FFN block does not have."""
-        del child
+        if isinstance(child, GraphLoraLinear):
+            # Siblings refer to one another: memory that only a collection of cycles would free.
+            child.shared_input.layers.clear()
         setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:

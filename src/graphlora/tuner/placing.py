@@ -12,6 +12,7 @@ from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.layer import GraphLoraLayer, GraphLoraLinear
 from graphlora.tuner.projection import GraphLoraProjection
 from graphlora.tuner.record import Recorder
+from graphlora.tuner.shared_input import share_input
 from graphlora.tuner.tuner_layer import RoutedLayer, TunerLayer
 
 _CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}
@@ -77,6 +78,8 @@ class Placement:
             new.requires_grad_(False)
         new.train(target.training)
         setattr(parent, target_name, new)
+        if kind is GraphLoraLinear:
+            share_input(parent, kind)
 
     def _new_layer(self, kind: type[TunerLayer], target: nn.Module, key: str) -> TunerLayer:
         if kind is GraphLoraLinear:
