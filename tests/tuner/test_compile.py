@@ -150,6 +150,22 @@ def test_no_result_of_a_function_is_written_to_where_a_compiler_traces(monkeypat
     assert seen == {name: {0} for name in functions}
 
 
+def test_layers_that_are_compiled_one_by_one_share_their_code():
+    """What a layer is compiled for must not be its own: names and objects, of which every layer has others."""
+
+    def frames(num_layers):
+        torch._dynamo.reset()
+        model = make_model(base=make_base(num_hidden_layers=num_layers), backend="torch")
+        counter = CompileCounterWithBackend("aot_eager")
+        for layer in model.get_base_model().model.layers:
+            layer.compile(backend=counter)
+        for lengths in ([6, 9, 4], [6, 9, 4], [5, 7, 3]):
+            model(**make_batch(lengths), use_cache=False).loss.backward()
+        return counter.frame_count
+
+    assert frames(5) == frames(3)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "options",

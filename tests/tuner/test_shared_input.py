@@ -167,6 +167,13 @@ def test_a_sibling_that_is_no_plain_matrix_or_has_another_dtype_is_left_out(make
     assert products == [1]
 
 
+def test_a_sibling_that_drops_entries_is_left_out(make_adapted, products):
+    model = make_adapted(lora_dropout=0.3).train()
+    attention(model).q_proj.eval()
+    attention(model).q_proj(rows())
+    assert products == [1]
+
+
 def test_another_adapter_or_none_is_seen(make_adapted, make_config, tokens, products):
     model = make_adapted().train()
     model.add_adapter("other", make_config(attention_target_modules=["q_proj"]))

@@ -14,7 +14,6 @@ _SIBLINGS = ("q_proj", "k_proj", "v_proj")
 class Projection(Protocol):
     """What `SharedInput` asks of a projection."""
 
-    block_name: str
     shared_input: SharedInput
 
     def adapted_matrix(self, x: Tensor) -> tuple[AdaptedMatrix, float] | None:
@@ -35,13 +34,15 @@ class SharedInput:
     def __init__(self, layers: list[Projection]) -> None:
         self.layers = layers
         self._x: Tensor | None = None
-        self._waiting: dict[str, Tensor] = {}
+        # By place among the layers: names would make a compiler trace each attention module by itself.
+        self._waiting: dict[int, Tensor] = {}
 
     def collect(self, layer: Projection, x: Tensor) -> Tensor | None:
         """The output of `layer` for this very `x`, where a sibling's call computed it; once."""
-        if self._x is not x:
+        place = self._place(layer)
+        if self._x is not x or place is None:
             return None
-        out = self._waiting.pop(layer.block_name, None)
+        out = self._waiting.pop(place, None)
         if not self._waiting:
             self._x = None
         return out
@@ -55,18 +56,24 @@ class SharedInput:
             matrix: what it computes.
             scaling: of its pair.
         """
-        matrices = [(layer.block_name, matrix)]
-        # The copies that `nn.DataParallel` makes of a layer share this object, and are none of its layers.
-        siblings = self.layers if any(other is layer for other in self.layers) else []
-        for other in siblings:
-            found = None if other is layer else other.adapted_matrix(x)
-            if found is not None and found[1] == scaling and _dtypes(found[0]) == _dtypes(matrix):
-                matrices.append((other.block_name, found[0]))
-        own, *others = lora_linears(x, [one for _, one in matrices], scaling)
+        places, matrices = [], [matrix]
+        if self._place(layer) is not None:
+            for place, other in enumerate(self.layers):
+                found = None if other is layer else other.adapted_matrix(x)
+                if found is not None and found[1] == scaling and _dtypes(found[0]) == _dtypes(matrix):
+                    places.append(place)
+                    matrices.append(found[0])
+        own, *others = lora_linears(x, matrices, scaling)
         if others:
-            self._x = x
-            self._waiting = {name: out for (name, _), out in zip(matrices[1:], others, strict=True)}
+            self._x, self._waiting = x, dict(zip(places, others, strict=True))
         return own
+
+    def _place(self, layer: Projection) -> int | None:
+        """None for the copies that `nn.DataParallel` makes of a layer: they share this object from other threads."""
+        for place, other in enumerate(self.layers):
+            if other is layer:
+                return place
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files get no outputs: some wait where a forward was interrupted."""
