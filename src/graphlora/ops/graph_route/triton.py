@@ -42,11 +42,6 @@ class RouterWeights(NamedTuple):
     act: str
     eps: float | None
 
-    @property
-    def graph_normalized(self) -> bool:
-        """Whether `graph` is Â."""
-        return self.graph.shape[0] == self.features.shape[0] + 1
-
 
 class Beside(NamedTuple):
     """What `graph_route_beside` gives besides the routing.
@@ -138,7 +133,7 @@ def graph_route_beside(
     eps = -1.0 if w.eps is None else w.eps
     given = (None, None) if matrices is None else (matrices[0].contiguous(), matrices[1].contiguous())
     *routing, passed, low = _GraphRoute.apply(
-        *inputs, *given, w.residual, w.act, eps, w.graph_normalized, top_k, norm_topk_prob
+        *inputs, *given, w.residual, w.act, eps, _graph_normalized(w), top_k, norm_topk_prob
     )
     return tuple(routing), Beside(passed, low)  # pyright: ignore[reportReturnType] - four of them
 
@@ -154,7 +149,7 @@ def prepare_router(weights: RouterWeights, dtype: torch.dtype) -> PreparedRouter
     prepare = operation("graph_route_prepare", launch.prepare, none)
     static, _, conv, self_weight, _ = prepare(
         w.features.contiguous(), w.conv.contiguous(), w.self_weight, w.graph.contiguous(), w.token_proj, none,
-        w.residual, w.act, w.graph_normalized, False, False,
+        w.residual, w.act, _graph_normalized(w), False, False,
     )  # fmt: skip
     own = None if w.self_weight is None else _rounded_or(self_weight, w.self_weight)
     return PreparedRouter(w, static, _rounded_or(conv, w.conv), own, dtype == torch.float32)
@@ -185,6 +180,11 @@ def route_from_projection(
         -1.0 if w.eps is None else w.eps, top_k, norm_topk_prob, prepared.precise,
     )  # fmt: skip
     return logits, probs, top_k_weights, top_k_index
+
+
+def _graph_normalized(weights: RouterWeights) -> bool:
+    """Whether the graph is Â. Not a property: PyTorch 2.10 cannot trace one of a named tuple."""
+    return weights.graph.shape[0] == weights.features.shape[0] + 1
 
 
 def _rounded_or(rounded: Tensor, original: Tensor) -> Tensor:
