@@ -21,11 +21,12 @@ case "$which" in
 esac
 unset PYTHONPATH VIRTUAL_ENV
 
-# What breaks when a dependency changes: PEFT's and transformers' seams, Trainer, files, the command line. Kernels in
-# Triton's interpreter and compiled code are left to `make test`.
+# What breaks when a dependency changes: PEFT's and transformers' seams, Trainer, files, the command line, what a compiler
+# can trace. Kernels in Triton's interpreter are left to `make test`.
 tests=(
   tests/paper tests/parity tests/invariants tests/test_autoregister.py tests/test_records.py
-  tests/tuner/test_adapters.py tests/tuner/test_card.py tests/tuner/test_config.py tests/tuner/test_families.py
+  tests/tuner/test_adapters.py tests/tuner/test_card.py tests/tuner/test_compile.py tests/tuner/test_config.py
+  tests/tuner/test_families.py tests/tuner/test_shared_input.py
   tests/tuner/test_ffn.py tests/tuner/test_heads_and_devices.py tests/tuner/test_import_authors.py
   tests/tuner/test_methods.py tests/tuner/test_model.py tests/tuner/test_precision.py tests/tuner/test_register.py
   tests/tuner/test_save_and_load.py
