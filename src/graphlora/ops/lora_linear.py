@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graphlora.ops.products import add_product, product_float32
+from graphlora.ops.products import product_float32, sum_of_products
 
 
 class AdaptedMatrix(NamedTuple):
@@ -169,11 +169,8 @@ class _LoraLinear(torch.autograd.Function):
         low = _scaled_product(_seen(rows, seed, dropout), A.T, scaling)
         ctx.save_for_backward(rows, low, A, seed, *weights, *Bs)
         ctx.scaling, ctx.dropout, ctx.dtypes = scaling, dropout, (lora_As[0].dtype, lora_Bs[0].dtype)
-        frozen = (nn.functional.linear(rows, *matrix) for matrix in zip(weights, biases, strict=True))
-        outs = [
-            add_product(*parts)
-            for parts in zip(frozen, _apart(low, Bs, dim=1), (B.T for B in Bs), strict=True)
-        ]
+        own = zip(weights, biases, _apart(low, Bs, dim=1), Bs, strict=True)
+        outs = [sum_of_products((rows, part), (W.T, B.T), bias) for W, bias, part, B in own]
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
     @staticmethod
@@ -191,16 +188,13 @@ class _LoraLinear(torch.autograd.Function):
             _product(g.T, part, ctx.dtypes[1]) for g, part in zip(grads, _apart(low, Bs, dim=1), strict=True)
         ]
         d_x = None
-        if ctx.needs_input_grad[0]:
-            d_x = grads[0] @ weights[0]
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                d_x.addmm_(grad, weight)
-            if seed is None:
-                d_x.addmm_(d_low, A)
-            else:
-                from graphlora.ops.dropout.triton import add_dropped_product
+        if ctx.needs_input_grad[0] and seed is None:
+            d_x = sum_of_products((*grads, d_low), (*weights, A))
+        elif ctx.needs_input_grad[0]:
+            from graphlora.ops.dropout.triton import add_dropped_product
 
-                d_x = add_dropped_product(d_x, d_low, A, seed, ctx.dropout)
+            d_x = add_dropped_product(sum_of_products(grads, weights), d_low, A, seed, ctx.dropout)
+        if d_x is not None:
             d_x = d_x.view(*grad_outputs[0].shape[:-1], A.shape[1])
         flat = [grad for pair in zip(d_As, d_Bs, strict=True) for grad in (None, None, *pair)]
         return d_x, None, None, None, *flat

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -22,18 +24,39 @@ def product_float32(a: Tensor, b: Tensor, *, widen_factors: bool = False) -> Ten
     return a.float() @ b.float() if widen_factors else (a @ b).float()
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`total + a @ b` in one call, into `total`; where something traces, into a tensor of its own.
+def sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """`lefts[0] @ rights[0] + lefts[1] @ rights[1] + ... + bias`; each product adds to those before it in place.
 
-    For the results of an `autograd.Function`. PyTorch 2.11 compiles one that writes into its result in place into one
-    whose result belongs to no gradient (PyTorch's issue 180642): the inputs then train as if they were not used. A
-    compiler that is left the choice writes in place by itself. Selective checkpointing, a dispatch mode, refuses what
-    it keeps where that is written to later.
+    Compilers get it as one operation. What they make of a sum is `addmm` into a tensor of its own, which copies the sum
+    so far, as large as the result. Nor may an `autograd.Function` write into its result where PyTorch 2.11 traces: its
+    inputs would train as if they were not used (PyTorch's issue 180642). No gradients of its own.
 
     Args:
-        total: `[m, n]`, needed no more.
-        a: `[m, k]`, in the dtype of `total`.
-        b: `[k, n]`, likewise.
+        lefts: `[m, k_i]`, all in one dtype.
+        rights: `[k_i, n]`, likewise.
+        bias: `[n]`, likewise.
+
+    Returns:
+        `[m, n]`.
     """
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return torch.addmm(total, a, b) if traced else total.addmm_(a, b)
+    if torch.compiler.is_compiling():
+        return torch.ops.graphlora.sum_of_products.default(list(lefts), list(rights), bias)
+    return _sum_of_products(lefts, rights, bias)
+
+
+def _sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    total = torch.mm(lefts[0], rights[0]) if bias is None else torch.addmm(bias, lefts[0], rights[0])
+    # Selective checkpointing, a dispatch mode, refuses what it keeps where that is written to later.
+    add = torch.addmm if is_in_torch_dispatch_mode() else Tensor.addmm_
+    for left, right in zip(lefts[1:], rights[1:], strict=True):
+        total = add(total, left, right)
+    return total
+
+
+_library = torch.library.Library("graphlora", "FRAGMENT")
+_library.define("sum_of_products(Tensor[] lefts, Tensor[] rights, Tensor? bias) -> Tensor")
+_library.impl("sum_of_products", _sum_of_products, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "graphlora::sum_of_products",
+    lambda lefts, rights, _: lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1]),
+)

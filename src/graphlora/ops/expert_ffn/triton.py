@@ -21,7 +21,7 @@ from graphlora.ops.expert_ffn.recompute import maybe_recompute
 from graphlora.ops.expert_ffn.support import unsupported
 from graphlora.ops.expert_ffn.triton_prepare import Prepared
 from graphlora.ops.operations import operation
-from graphlora.ops.products import add_product, product_float32
+from graphlora.ops.products import product_float32, sum_of_products
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -181,18 +181,21 @@ class ExpertMix(torch.autograd.Function):
             *grad_outputs, gate, up, low_gate, low_up, b_gate, b_up, a_down,
             top_k_weights, top_k_index, seed, plan, dropout, scaling, act, ctx.low_dtype, both is not None,
         )  # fmt: skip
-        dx = None
+        # Factors of the gradient of x through the frozen matrices, where x met them here, and through A, likewise.
+        frozen: list[tuple[Tensor, Tensor]] = []
         if both is not None:
-            dx = d_base.flatten(1) @ both if ctx.needs_input_grad[0] else None
-        elif ctx.plain and ctx.needs_input_grad[0]:
-            dx = (d_base[0] @ gate_weight).addmm_(d_base[1], up_weight)
+            frozen = [(d_base.flatten(1), both)]
+        elif ctx.plain:
+            frozen = [(d_base[0], gate_weight), (d_base[1], up_weight)]
         d_A: tuple[Tensor | None, Tensor | None] = (None, None)
         if low_A is not None:
             seen = x if seed is None else dropped(x, seed, dropout, columns)
             halves = product_float32(d_low.T, seen).split(len(low_A) // 2, dim=0)
             d_A = halves[0].view(*a_down.shape[:2], -1), halves[1].view(*a_down.shape[:2], -1)
-            if ctx.needs_input_grad[0]:
-                dx = _input_gradient(dx, d_low, low_A, seed, dropout, columns)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            low_rank = None if low_A is None else (d_low, low_A)
+            dx = _input_gradient(frozen, low_rank, seed, dropout, columns)
         grads = zip((*d_A, *d_tables), ctx.dtypes, strict=True)
         return (
             dx, *((None, None) if ctx.plain else d_base.unbind()), None, None, None if low_A is not None else d_low,
@@ -202,14 +205,20 @@ class ExpertMix(torch.autograd.Function):
 
 
 def _input_gradient(
-    dx: Tensor | None, d_low: Tensor, low_A: Tensor, seed: Tensor | None, dropout: float, columns: int
-) -> Tensor:
-    """`dx` of the frozen products, if they were made here, plus that of the low-rank inputs."""
-    if seed is None:
-        return d_low @ low_A if dx is None else dx.addmm_(d_low, low_A)
-    if dx is None:
-        return dropped(d_low @ low_A, seed, dropout, columns)
-    return add_dropped_product(dx, d_low, low_A, seed, dropout, columns)
+    frozen: list[tuple[Tensor, Tensor]],
+    low_rank: tuple[Tensor, Tensor] | None,
+    seed: Tensor | None,
+    dropout: float,
+    columns: int,
+) -> Tensor | None:
+    """The sum of all products of factors; what dropout hid from A passes no gradient through it."""
+    if seed is None or low_rank is None:
+        factors = frozen if low_rank is None else [*frozen, low_rank]
+        return sum_of_products(*zip(*factors, strict=True)) if factors else None
+    if not frozen:
+        return dropped(low_rank[0] @ low_rank[1], seed, dropout, columns)
+    total = sum_of_products(*zip(*frozen, strict=True))
+    return add_dropped_product(total, *low_rank, seed, dropout, columns)
 
 
 class DownProjection(torch.autograd.Function):
@@ -222,7 +231,7 @@ class DownProjection(torch.autograd.Function):
         """Args: `[tokens, f]`, `[d, f]`, P `[tokens, N r]`, `[N, d, r]`, and that as `Prepared` has it."""
         ctx.save_for_backward(weight, low_down, rank)
         ctx.dtype, ctx.num_experts = down_B.dtype, len(down_B)
-        return add_product(mixed @ weight.T, low_down, rank)
+        return sum_of_products((mixed, low_down), (weight.T, rank))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
