@@ -89,6 +89,17 @@ def _ffn_cases() -> tuple[Case, ...]:
     return (*first, *rest)
 
 
+_ATTENTION = [
+    *("frozen", "peft_float32", "peft_bfloat16", "apart", "together"),
+    *("frozen_compiled", "peft_bfloat16_compiled", "apart_compiled", "together_compiled"),
+]
+
+
+def _attention_case(shape: Shape, r: int, tokens: int, seconds: float) -> Case:
+    params = {"shape": shape.name, "r": r, "tokens": tokens, "candidates": _ATTENTION}
+    return Case("attention", f"{shape.name} r{r} T{tokens}", params, seconds)
+
+
 _JOINED = ["frozen", "triton", "triton_joined"]
 _STEP_CANDIDATES = (
     "frozen",
@@ -266,6 +277,15 @@ SUITES: dict[str, Suite] = {
                     {"shape": "tiny", "r": 2, "tokens": 24, "skew": "skewed", "candidates": _JOINED},
                 ),
             ),
+        ),
+        Suite(
+            "attention",
+            tuple(
+                _attention_case(shape, r, tokens, 15)
+                for r, tokens in ((16, 4096), (8, 4096), (16, 8192))
+                for shape in EIGHT_BILLION
+            ),
+            (_attention_case(TINY, 2, 24, 20),),
         ),
         Suite(
             "products",
