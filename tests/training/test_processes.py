@@ -64,7 +64,9 @@ def two(runs) -> dict[str, list[dict]]:
     """What two processes saw of all cases; one start serves all tests."""
     one = runs.recipe("one first", "graphlora", max_steps=2)
     train(Recipe.from_dict(one))
-    cases = []
+    # Comes first: accelerate is told only once per process whether there is an accelerator.
+    untold = runs.recipe("untold", "graphlora", 2, training_args={"disable_tqdm": True})
+    cases: list[dict] = [{"name": "untold", "recipe": untold}]
     for method in ("lora", "graphlora"):
         cases += [
             {"name": f"ddp {method}", "recipe": runs.recipe(f"ddp {method}", method, 2)},
@@ -75,6 +77,7 @@ def two(runs) -> dict[str, list[dict]]:
             },
         ]
     cases += [
+        {"name": "ended", "recipe": runs.recipe("ddp graphlora", "graphlora", 2), "resume": True},
         {
             "name": "efficient",
             "recipe": runs.recipe("efficient", "graphlora", 2),
@@ -137,6 +140,20 @@ def test_two_processes_learn_what_one_learns(runs, two, one, way, method):
         for name in rank["metrics"].keys() - {"eval_loss"}:
             assert rank["metrics"][name] == pytest.approx(one[method].metrics[name], rel=TOLERANCE), name
     assert_close(one[method].output_dir, runs.folder / f"{way} {method}", 10 * TOLERANCE)
+
+
+def test_without_an_accelerator_they_train_together_without_being_told(runs, two):
+    """Left to itself, accelerate would make a run of each, and both would write the same files."""
+    for name in ("losses", "norms", "checksum"):
+        assert [rank[name] for rank in two["untold"]] == [rank[name] for rank in two["ddp graphlora"]]
+    assert_close(runs.folder / "untold", runs.folder / "ddp graphlora", 0.0)
+
+
+def test_a_run_that_has_ended_trains_no_further_in_any_process(two):
+    for rank, before in zip(two["ended"], two["ddp graphlora"], strict=True):
+        assert rank["losses"] == before["losses"]
+        assert rank["checksum"] == before["checksum"]
+        assert rank["metrics"] == before["metrics"]
 
 
 @pytest.mark.parametrize("name", ["ddp lora", "ddp graphlora", "fsdp lora", "fsdp graphlora", "efficient"])

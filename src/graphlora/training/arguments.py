@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from graphlora.errors import GraphLoraError
+from graphlora.training.processes import uses_cpu
 from graphlora.training.recipe import Recipe, suggestion
 
 SAME_NAME = (
@@ -78,6 +79,7 @@ def training_arguments(
         "save_steps": recipe.save_steps if recipe.save_steps is not None else recipe.eval_steps,
         "save_total_limit": None,
         "load_best_model_at_end": validates and recipe.load_best_model_at_end,
+        "use_cpu": uses_cpu(recipe),
         "logging_nan_inf_filter": False,
         "logging_first_step": True,
         "prediction_loss_only": True,
@@ -111,12 +113,12 @@ def _optimizer(recipe: Recipe) -> str:
     """On a GPU the fused AdamW, which takes two kernel launches where the other one takes hundreds."""
     if recipe.optim != "auto":
         return recipe.optim
-    on_gpu = torch.cuda.is_available() and not recipe.training_args.get("use_cpu")
+    on_gpu = torch.cuda.is_available() and not uses_cpu(recipe)
     return "adamw_torch_fused" if on_gpu else "adamw_torch"
 
 
 def _on_accelerator(recipe: Recipe) -> bool:
-    return torch.accelerator.is_available() and not recipe.training_args.get("use_cpu")
+    return torch.accelerator.is_available() and not uses_cpu(recipe)
 
 
 def _autocasts(recipe: Recipe, base_dtype: torch.dtype) -> bool:

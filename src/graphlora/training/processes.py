@@ -30,6 +30,15 @@ def wants_sharding() -> bool:
     return _is_set("ACCELERATE_USE_FSDP")
 
 
+def uses_cpu(recipe: Recipe) -> bool:
+    """Whether the run computes on the CPU: as the recipe says, or because there is nothing else.
+
+    accelerate wants to be told: of several processes without an accelerator it makes as many runs, all of them writing
+    the same files.
+    """
+    return bool(recipe.training_args.get("use_cpu", not torch.accelerator.is_available()))
+
+
 def start_processes(recipe: Recipe) -> None:
     """Join the other processes, where there are any; must come before the model is loaded.
 
@@ -46,7 +55,7 @@ def start_processes(recipe: Recipe) -> None:
     given = recipe.training_args
     options: dict[str, Any] = {"backend": given.get("ddp_backend")}
     seconds = int(given.get("ddp_timeout", DEFAULT_TIMEOUT))
-    PartialState(cpu=bool(given.get("use_cpu")), timeout=timedelta(seconds=seconds), **options)
+    PartialState(cpu=uses_cpu(recipe), timeout=timedelta(seconds=seconds), **options)
     if not is_first():
         from transformers.utils.logging import disable_progress_bar
 

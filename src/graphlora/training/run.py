@@ -47,7 +47,7 @@ from graphlora.training.manifest import MANIFEST_FILE
 from graphlora.training.measuring import peak_memory, peak_reserved, start_measuring
 from graphlora.training.nonfinite import NonFiniteError
 from graphlora.training.out_of_memory import Facts, explained_memory
-from graphlora.training.processes import check_sharded, is_first, num_processes, start_processes
+from graphlora.training.processes import check_sharded, is_first, num_processes, start_processes, uses_cpu
 from graphlora.training.recipe import Recipe
 from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
@@ -124,7 +124,7 @@ def _train(
     output = Path(recipe.output_dir)
     checkpoint = _start(recipe, output, resume, overwrite)
     start_processes(recipe)
-    device = pick_device("cpu" if recipe.training_args.get("use_cpu") else "auto")
+    device = pick_device("cpu" if uses_cpu(recipe) else "auto")
     start_measuring(device)
     dtype = pick_dtype(recipe.dtype, device)
     tokenizer = workbench.tokenizer(recipe)
