@@ -48,6 +48,11 @@ def test_each_command_teaches_with_an_example_that_it_accepts(name):
             ["train", "--learnin_rate", "1"],
             "unknown argument --learnin_rate; did you mean '--learning_rate'?",
         ),
+        (
+            ["train", "--batch_size", "4"],
+            "unknown argument --batch_size; did you mean '--per_device_train_batch_size'?",
+        ),
+        (["train", "--lr=1e-4"], "unknown argument --lr=1e-4; did you mean '--learning_rate'?"),
         (["train", "--learning_rate", "fast"], "--learning_rate is 'fast'; expected float"),
         (["train", "--scoring", "clozed"], "--scoring is 'clozed'; expected one of cloze, letter"),
         (["train", "--r", "2.5"], "--r is '2.5'; expected int"),

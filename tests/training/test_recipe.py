@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from transformers import TrainingArguments
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 from graphlora.errors import GraphLoraError
 from graphlora.training import Recipe
 from graphlora.training.arguments import SAME_NAME
+from graphlora.training.recipe import ELSEWHERE
 
 NEEDED = {"model": "m", "task": "quiz", "output_dir": "out"}
 
@@ -35,6 +37,7 @@ def test_yaml_round_trip_keeps_every_option(tmp_path):
     ("values", "message"),
     [
         ({"learnin_rate": 1}, "unknown recipe option 'learnin_rate'; did you mean 'learning_rate'"),
+        ({"model_name_or_path": "m"}, "unknown recipe option 'model_name_or_path'; did you mean 'model'"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; expected float"),
         ({"learning_rate": -1}, "learning_rate is -1.0; give a number above 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
@@ -93,3 +96,9 @@ def test_adapter_options_are_those_of_the_config():
 def test_reading_a_recipe_needs_no_torch():
     code = "import sys; from graphlora.training import Recipe; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_other_tools_lead_to_options_that_exist_and_none_is_one():
+    options = {item.name for item in fields(Recipe)}
+    assert set(ELSEWHERE.values()) <= options | {"resume"}
+    assert not options & set(ELSEWHERE)
