@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphlora.ops.backend import has_triton, interprets_triton
 from graphlora.ops.dropout.reference import hashed_mask
-from graphlora.ops.lora_linear import AdaptedMatrix, add_low_rank, lora_linear, lora_linears, plain_matrix
+from graphlora.ops.lora_linear import AdaptedMatrix, add_low_rank, lora_linears, plain_matrix
 
 SCALING = 1.7
 
@@ -40,12 +40,12 @@ def written_out(layer, x, A, B):
     return result + (SCALING * (x @ A.to(result.dtype).T)) @ B.to(result.dtype).T
 
 
-def fused(layer, x, A, B):
-    return lora_linear(x, *plain_matrix(layer, x), A, B, SCALING)
+def fused(layer, x, A, B, dropout=0.0):
+    return lora_linears(x, [AdaptedMatrix(*plain_matrix(layer, x), A, B)], SCALING, dropout)[0]
 
 
-def beside(layer, x, A, B):
-    return add_low_rank(layer(x), x, A, B, SCALING)
+def beside(layer, x, A, B, dropout=0.0):
+    return add_low_rank(layer(x), x, A, B, SCALING, dropout)
 
 
 def results(function, layer, x, A, B):
@@ -77,7 +77,7 @@ def test_half_precision_beside_float32_weights(function):
 @pytest.mark.skipif(
     not has_triton() or not (torch.cuda.is_available() or interprets_triton()), reason="Triton cannot run"
 )
-@pytest.mark.parametrize("function", [lora_linear, add_low_rank])
+@pytest.mark.parametrize("function", [fused, beside])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_is_the_same_in_forward_and_backward(monkeypatch, function, dtype):
     """The mask is a hash of a seed; the frozen product sees all of x."""
@@ -91,9 +91,7 @@ def test_dropout_is_the_same_in_forward_and_backward(monkeypatch, function, dtyp
     assert 0.3 < float((mask == 0).float().mean()) < 0.5
 
     def found(layer, x, A, B):
-        if function is lora_linear:
-            return lora_linear(x, *plain_matrix(layer, x), A, B, SCALING, dropout=0.4)
-        return add_low_rank(layer(x), x, A, B, SCALING, dropout=0.4)
+        return function(layer, x, A, B, dropout=0.4)
 
     def expected(layer, x, A, B):
         return layer(x) + SCALING * ((x * mask) @ A.T) @ B.T
@@ -103,6 +101,33 @@ def test_dropout_is_the_same_in_forward_and_backward(monkeypatch, function, dtyp
     for one, other in zip(results(found, layer.to(dtype), x, A, B), truth, strict=True):
         bound = 1e-6 if dtype == torch.float32 else 0.02
         assert float((one.detach().float() - other.detach()).norm() / other.detach().norm()) < bound
+
+
+@pytest.mark.skipif(
+    not has_triton() or not (torch.cuda.is_available() or interprets_triton()), reason="Triton cannot run"
+)
+def test_several_matrices_drop_the_same_entries(monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, matrices = several(shape=(9, 5))
+    x = x.detach().to(device).requires_grad_()
+    matrices = [
+        AdaptedMatrix(*(t if t is None else t.detach().to(device).requires_grad_(t.requires_grad) for t in m))
+        for m in matrices
+    ]
+    monkeypatch.setattr(
+        torch, "randint", lambda *_, **__: torch.tensor([77], dtype=torch.int32, device=device)
+    )
+    mask = hashed_mask(77, 45, 12, 0.4).view(9, 5, 12).to(device)
+
+    def expected(x, matrices):
+        return [
+            nn.functional.linear(x, m.weight, m.bias) + SCALING * ((x * mask) @ m.lora_A.T) @ m.lora_B.T
+            for m in matrices
+        ]
+
+    found = results_of_several(lambda x, m: lora_linears(x, m, SCALING, dropout=0.4), x, matrices)
+    for one, other in zip(found, results_of_several(expected, x, matrices), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_leaves_a_float32_result_float32():

@@ -7,6 +7,7 @@ import weakref
 import peft
 import pytest
 import torch
+from interpreted import KERNEL_DEVICE, KERNELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -144,7 +145,7 @@ def test_only_what_is_adapted_is_computed(make_adapted, tokens, products):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        # Each projection drops entries of its own.
+        # PyTorch's own dropout comes before the product.
         ({"lora_dropout": 0.3}, []),
         # One factor scales all pairs.
         ({"alpha_pattern": {"k_proj": 64}}, [2, 1, 1] * 2),
@@ -165,6 +166,16 @@ def test_a_sibling_that_is_no_plain_matrix_or_has_another_dtype_is_left_out(make
     attention(model).v_proj.graphlora_attention.to(torch.float64)
     attention(model).q_proj(rows())
     assert products == [1]
+
+
+@KERNELS
+def test_kernels_drop_the_same_entries_for_all(make_adapted, tokens, products):
+    model = make_adapted(lora_dropout=0.3, backend="triton").to(KERNEL_DEVICE).train()
+    logits, _ = step(model, tokens.to(KERNEL_DEVICE))
+    assert products == [3, 1, 3, 1]
+    assert_nothing_waits(model)
+    again, _ = step(model, tokens.to(KERNEL_DEVICE))
+    assert not torch.equal(logits, again)  # others in every forward
 
 
 def test_a_sibling_that_drops_entries_is_left_out(make_adapted, products):

@@ -63,32 +63,6 @@ def add_low_rank(
         return _AddLowRank.apply(result, x.to(result.dtype), lora_A, lora_B, scaling, dropout, seed)
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-) -> Tensor:
-    """`W x + b + s B A x` for a plain frozen matrix; no gradients for `weight` and `bias`.
-
-    Args:
-        x: `[..., in]`.
-        weight: `[out, in]`, in the dtype of `x`.
-        bias: `[out]` or None.
-        lora_A: `[r, in]`.
-        lora_B: `[out, r]`.
-        scaling: s = lora_alpha / r.
-        dropout: probability of dropping entries of the x that A sees; needs Triton.
-
-    Returns:
-        `[..., out]` in the dtype of `x`.
-    """
-    return lora_linears(x, [AdaptedMatrix(weight, bias, lora_A, lora_B)], scaling, dropout)[0]
-
-
 def lora_linears(
     x: Tensor, matrices: Sequence[AdaptedMatrix], scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, ...]:

@@ -15,12 +15,12 @@ from graphlora.ops.backend import resolve_backend
 from graphlora.ops.decode import few_tokens, lora_linear_decode
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn
 from graphlora.ops.expert_ffn.support import unsupported
-from graphlora.ops.lora_linear import AdaptedMatrix, add_low_rank, lora_linear, plain_matrix
+from graphlora.ops.lora_linear import AdaptedMatrix, add_low_rank, plain_matrix
 from graphlora.router import CenteredRouter, GraphRouter, build_adjacency
 from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.ffn import FfnParts, features
 from graphlora.tuner.record import Recorder
-from graphlora.tuner.shared_input import SharedInput
+from graphlora.tuner.shared_input import Adapted, SharedInput
 from graphlora.tuner.tuner_layer import RoutedLayer, TunerLayer, from_pattern
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -242,30 +242,30 @@ class GraphLoraLinear(TunerLayer):
         if out is not None:
             return out
         lora_A, lora_B = self._pair(name)
-        scaling, dropout = self.scaling[name], self._dropout(name)
         if not self.training and few_tokens(x) and not args and not kwargs:
             backend = _resolve_backend(self.configs[name].backend, x.device.type)
             if backend == "triton":
-                return lora_linear_decode(x, self.base_layer, lora_A, lora_B, scaling)
-        hashed = bool(dropout) and self._drops_in_kernels(name, x)
-        matrix = plain_matrix(self.base_layer, x) if hashed or not dropout else None
-        if matrix is not None and dropout:
-            return lora_linear(x, *matrix, lora_A, lora_B, scaling, dropout)
-        if matrix is not None:
-            return self.shared_input.compute(self, x, AdaptedMatrix(*matrix, lora_A, lora_B), scaling)
+                return lora_linear_decode(x, self.base_layer, lora_A, lora_B, self.scaling[name])
+        found = self.adapted_matrix(x)
+        if found is not None:
+            return self.shared_input.compute(self, x, found)
         result = self.base_layer(x, *args, **kwargs)
-        if hashed:
+        scaling, dropout = self.scaling[name], self._dropout(name)
+        if dropout and self._drops_in_kernels(name, x):
             return add_low_rank(result, x, lora_A, lora_B, scaling, dropout)
         x = nn.functional.dropout(x, dropout) if dropout else x
         return add_low_rank(result, x, lora_A, lora_B, scaling)
 
-    def adapted_matrix(self, x: Tensor) -> tuple[AdaptedMatrix, float] | None:
-        """What calling this on `x` computes, and the scaling; None where it is more than a matrix and its pair."""
+    def adapted_matrix(self, x: Tensor) -> Adapted | None:
+        """What calling this on `x` computes; None where it is more than a matrix and its pair."""
         name = self.active_name(self.graphlora_attention)
-        matrix = plain_matrix(self.base_layer, x) if name is not None else None
-        if name is None or matrix is None or self._dropout(name):
+        matrix = None if name is None else plain_matrix(self.base_layer, x)
+        if name is None or matrix is None:
             return None
-        return AdaptedMatrix(*matrix, *self._pair(name)), self.scaling[name]
+        dropout = self._dropout(name)
+        if dropout and not self._drops_in_kernels(name, x):
+            return None
+        return Adapted(AdaptedMatrix(*matrix, *self._pair(name)), self.scaling[name], dropout)
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return cast(LoraPair, self.graphlora_attention[name])()

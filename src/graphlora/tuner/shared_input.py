@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -11,13 +11,33 @@ from graphlora.ops.lora_linear import AdaptedMatrix, lora_linears
 _SIBLINGS = ("q_proj", "k_proj", "v_proj")
 
 
+class Adapted(NamedTuple):
+    """What a projection computes: `W x + b + scaling * B A dropped(x)`.
+
+    Attributes:
+        matrix: W, b, A and B.
+        scaling: lora_alpha / r.
+        dropout: probability of dropping entries of the x that A sees.
+    """
+
+    matrix: AdaptedMatrix
+    scaling: float
+    dropout: float
+
+    def goes_with(self, other: Adapted) -> bool:
+        """Whether one call can compute both."""
+        mine, its = self.matrix, other.matrix
+        same_dtypes = mine.lora_A.dtype == its.lora_A.dtype and mine.lora_B.dtype == its.lora_B.dtype
+        return same_dtypes and self.scaling == other.scaling and self.dropout == other.dropout
+
+
 class Projection(Protocol):
     """What `SharedInput` asks of a projection."""
 
     shared_input: SharedInput
 
-    def adapted_matrix(self, x: Tensor) -> tuple[AdaptedMatrix, float] | None:
-        """Matrix with its low-rank pair, and the scaling; None where calling it on `x` is more than these."""
+    def adapted_matrix(self, x: Tensor) -> Adapted | None:
+        """What calling it on `x` computes; None where that is something else."""
 
 
 class SharedInput:
@@ -47,23 +67,22 @@ class SharedInput:
             self._x = None
         return out
 
-    def compute(self, layer: Projection, x: Tensor, matrix: AdaptedMatrix, scaling: float) -> Tensor:
-        """The output of `layer`, computed with those of the siblings that can be.
+    def compute(self, layer: Projection, x: Tensor, adapted: Adapted) -> Tensor:
+        """The output of `layer`, computed with those of the siblings that can be; all drop the same entries of x.
 
         Args:
             layer: the projection that is called.
             x: `[..., in]`.
-            matrix: what it computes.
-            scaling: of its pair.
+            adapted: what it computes.
         """
-        places, matrices = [], [matrix]
+        places, matrices = [], [adapted.matrix]
         if self._place(layer) is not None:
             for place, other in enumerate(self.layers):
                 found = None if other is layer else other.adapted_matrix(x)
-                if found is not None and found[1] == scaling and _dtypes(found[0]) == _dtypes(matrix):
+                if found is not None and found.goes_with(adapted):
                     places.append(place)
-                    matrices.append(found[0])
-        own, *others = lora_linears(x, matrices, scaling)
+                    matrices.append(found.matrix)
+        own, *others = lora_linears(x, matrices, adapted.scaling, adapted.dropout)
         if others:
             self._x, self._waiting = x, dict(zip(places, others, strict=True))
         return own
@@ -94,7 +113,3 @@ def share_input(attention: nn.Module, kind: type[nn.Module]) -> None:
     shared = SharedInput(layers)
     for layer in layers:
         layer.shared_input = shared
-
-
-def _dtypes(matrix: AdaptedMatrix) -> tuple[Any, Any]:
-    return matrix.lora_A.dtype, matrix.lora_B.dtype
