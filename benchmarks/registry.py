@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.shapes import (
@@ -25,7 +25,7 @@ class Case:
     Attributes:
         suite: name of its suite.
         name: unique within the suite.
-        params: what the suite's `measure` gets.
+        params: what the suite's `measure` gets; `dtype`, if there, is the frozen weights'.
         seconds: about how long it takes on an H200, kernels' compilation included.
     """
 
@@ -214,8 +214,19 @@ def _shaped(suite: str, shapes: tuple[Shape, ...], seconds: float, **params: Any
     )
 
 
+_CPU_STEP = ("frozen", "peft_float32_r8", "torch_r8", "eager_r8", "loop_r8")
+
+
 def _cpu_cases(tokens: tuple[int, ...]) -> tuple[Case, ...]:
-    return tuple(case for t in tokens for case in _shaped("cpu", (SMOLLM2, MEDIUM), 30, r=8, tokens=t))
+    cases = [case for t in tokens for case in _shaped("cpu", (SMOLLM2, MEDIUM), 30, r=8, tokens=t)]
+    half = [replace(c, name=f"{c.name} bfloat16", params=c.params | {"dtype": "bfloat16"}) for c in cases]
+    return (*cases, *half)
+
+
+def _cpu_step_case(shape: Shape, batch: int, length: int, dtype: str, seconds: float) -> Case:
+    params = {"shape": shape.name, "batch": batch, "length": length, "dtype": dtype}
+    name = f"{shape.name} {batch}x{length} {dtype}"
+    return Case("cpu_step", name, {**params, "candidates": list(_CPU_STEP)}, seconds)
 
 
 def _small_case(mode: str, seconds: float, candidates: list[str]) -> Case:
@@ -393,5 +404,11 @@ SUITES: dict[str, Suite] = {
             (Case("curves", "float32", {"dtype": "float32", "steps": 4}),),
         ),
         Suite("cpu", _cpu_cases((1024, 256, 2048)), _shaped("cpu", (TINY,), 1, r=2, tokens=24), "cpu"),
+        Suite(
+            "cpu_step",
+            tuple(_cpu_step_case(SMOLLM2, 8, 64, dtype, 120) for dtype in ("float32", "bfloat16")),
+            (_cpu_step_case(TINY, 2, 16, "float32", 1),),
+            "cpu",
+        ),
     )
 }

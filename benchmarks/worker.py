@@ -22,6 +22,7 @@ from benchmarks.registry import SUITES, Case
 from graphlora.benchmark.timing import describe_error, release
 from graphlora.evaluation.efficiency import device_name
 from graphlora.records import provenance
+from graphlora.training.loading import DTYPES
 
 # Exit code that asks for a new process, because this one's GPU context is broken.
 RESTART = 75
@@ -55,9 +56,8 @@ def main(plan_file: Path) -> int:
         attempt = uuid.uuid4().hex[:12]
         marker.write_text(json.dumps([suite_name, case_name, time.time()]), encoding="utf-8")
         started = time.perf_counter()
-        context = Context(
-            case, _device_of(suite_name, device), _dtype_of(suite_name, device), plan["tiny"], gate
-        )
+        own_device = _device_of(suite_name, device)
+        context = Context(case, own_device, _dtype_of(case, own_device), plan["tiny"], gate)
         broken = _measure(context)
         stamps = {
             "attempt": attempt,
@@ -107,8 +107,9 @@ def _device_of(suite: str, device: torch.device) -> torch.device:
     return torch.device("cpu") if SUITES[suite].device == "cpu" else device
 
 
-def _dtype_of(suite: str, device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if _device_of(suite, device).type == "cuda" else torch.float32
+def _dtype_of(case: Case, device: torch.device) -> torch.dtype:
+    usual = "bfloat16" if device.type == "cuda" else "float32"
+    return DTYPES[case.params.get("dtype", usual)]
 
 
 def _facts(plan: dict[str, Any], device: torch.device) -> dict[str, Any]:

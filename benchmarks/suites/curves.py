@@ -22,7 +22,7 @@ BACKENDS = ("eager", "torch", "triton")
 def measure(context: Context) -> None:
     """Records each path's losses, the largest difference from `eager`'s, and the spread of two seeds of `eager`."""
     p = context.case.params
-    dtype = getattr(torch, p["dtype"])
+    dtype = context.dtype
     names = [name for name in BACKENDS if context.may_run(name)]
     curves = {
         name: training_curve(context.stand_in(name), dtype, context.device, p["steps"]) for name in names
