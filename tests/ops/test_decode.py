@@ -71,17 +71,46 @@ def test_project(dtype, tokens, d, rows):
 
 
 @dtypes
-@pytest.mark.parametrize(("tokens", "d", "width", "r"), [(1, 24, 33, 1), (3, 1030, 40, 8), (64, 512, 31, 17)])
-def test_attention_lora(dtype, tokens, d, width, r):
-    x, base = normal(tokens, d, dtype=dtype), normal(tokens, width, dtype=dtype, seed=1)
-    A, B = normal(r, d) / d**0.5, normal(width, r)
-    low = decode.low_rank(x, A)
-    near(low, reference.low_rank(x, A), TOLERANCE[dtype])
-    before = base.clone()
-    near(decode.add_low_rank(base, low, B, 1.7), reference.add_low_rank(base, low, B, 1.7), TOLERANCE[dtype])
-    exact = x.double() @ A.double().T @ B.double().T * 1.7 + base.double()
-    near(decode.add_low_rank(base, low, B, 1.7), exact.to(dtype), TOLERANCE[dtype])
-    assert torch.equal(base, before)
+@pytest.mark.parametrize(
+    ("tokens", "d", "pairs"),
+    [
+        (1, 24, [(33, 1)]),
+        (1, 1030, [(140, 8), (33, 8), (70, 8)]),
+        (3, 1030, [(40, 8)]),
+        (3, 520, [(40, 5), (17, 5)]),
+        (64, 512, [(31, 17), (70, 17), (33, 17)]),
+        # Ranks that differ: one launch each.
+        (1, 40, [(33, 2), (20, 5), (20, 2)]),
+        (5, 40, [(33, 2), (20, 5), (20, 2)]),
+    ],
+)
+def test_attention_lora(dtype, tokens, d, pairs):
+    """Widths and ranks of one to three projections that read one tensor."""
+    x = normal(tokens, d, dtype=dtype)
+    bases = [normal(tokens, width, dtype=dtype, seed=i) for i, (width, _) in enumerate(pairs)]
+    As = [normal(r, d, seed=i) / d**0.5 for i, (_, r) in enumerate(pairs)]
+    Bs = [normal(width, r, seed=i) for i, (width, r) in enumerate(pairs)]
+    low = decode.low_rank(x, As)
+    near(low, reference.low_rank(x, As), TOLERANCE[dtype])
+    before = [base.clone() for base in bases]
+    found = decode.add_low_rank(low, bases, Bs, 1.7)
+    rights = reference.add_low_rank(low, bases, Bs, 1.7)
+    for out, right, base, A, B in zip(found, rights, bases, As, Bs, strict=True):
+        near(out, right, TOLERANCE[dtype])
+        exact = x.double() @ A.double().T @ B.double().T * 1.7 + base.double()
+        near(out, exact.to(dtype), TOLERANCE[dtype])
+    assert all(torch.equal(base, same) for base, same in zip(bases, before, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_pairs_of_other_dtypes_are_computed_together(tokens):
+    x, base = normal(tokens, 24), normal(tokens, 10)
+    As, Bs = [normal(2, 24), normal(2, 24, seed=1).bfloat16()], [normal(10, 2).half(), normal(10, 2, seed=1)]
+    low = decode.low_rank(x, As)
+    near(low, reference.low_rank(x, As), 2e-5)
+    found = decode.add_low_rank(low, [base, base], Bs, 0.5)
+    for out, right in zip(found, reference.add_low_rank(low, [base, base], Bs, 0.5), strict=True):
+        near(out, right, 2e-5)
 
 
 SHAPES = [
@@ -158,7 +187,8 @@ def test_a_token_alone_gives_what_it_gives_beside_others(monkeypatch):
     tokens, d, f, num_experts, top_k, r = 3, 530, 70, 6, 3, 5
     x, base = normal(tokens, d), normal(tokens, d, seed=1)
     gate, up = normal(tokens, f), normal(tokens, f, seed=1)
-    rows, A, B = [normal(n, d, seed=n) for n in (3, 8, 1)], normal(r, d), normal(d, r)
+    rows = [normal(n, d, seed=n) for n in (3, 8, 1)]
+    As, Bs = [normal(r, d), normal(r, d, seed=1)], [normal(d, r), normal(d, r, seed=1)]
     weights, index = choose(tokens, num_experts, top_k)
     low, low_down = normal(tokens, 2 * num_experts * r + 6), normal(tokens, top_k, r)
     stacks = (normal(num_experts, f, r), normal(num_experts, f, r, seed=2), normal(num_experts, r, f))
@@ -166,12 +196,12 @@ def test_a_token_alone_gives_what_it_gives_beside_others(monkeypatch):
 
     def run(at: slice) -> list[tuple[Tensor, int]]:
         """Every output, and the dimension of the tokens in it."""
-        low_x = decode.low_rank(x[at], A)
+        low_x = decode.low_rank(x[at], As)
         mixed, partial = decode.mix(gate[at], up[at], low[at], *stacks, weights[at], index[at], 0.6, "silu")
         return [
             *((t, 0) for t in decode.project(x[at], *rows)),
             (low_x, 1),
-            (decode.add_low_rank(base[at], low_x, B, 1.7), 0),
+            *((t, 0) for t in decode.add_low_rank(low_x, [base[at], 2 * base[at]], Bs, 1.7)),
             (mixed, 0),
             (partial, 1),
             (decode.combine(base[at], low_down[at], index[at], down_B, 0.6), 0),

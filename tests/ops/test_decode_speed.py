@@ -64,14 +64,14 @@ def test_times(tokens):
         )
         args = (gate, up, low, experts.gate_B, experts.up_B, experts.down_A, routing.top_k_weights)
         mixed, partial = decode.mix(*args, routing.top_k_index, 2.0, "silu")
-        low_down, base, pair = partial.sum(dim=0), ffn.project_out(mixed), decode.low_rank(x, A)
+        low_down, base, pair = partial.sum(dim=0), ffn.project_out(mixed), decode.low_rank(x, [A])
     works = {
         "project (side branch)": lambda: decode.project(
             x, experts.gate_A.flatten(0, 1), experts.up_A.flatten(0, 1), router.token_proj
         ),
-        "low_rank (side branch)": lambda: decode.low_rank(x, A),
+        "low_rank of q, k and v (side branch)": lambda: decode.low_rank(x, [A] * 3),
         "sum of partials (side branch)": lambda: partial.sum(dim=0),
-        "add_low_rank": lambda: decode.add_low_rank(base, pair, B, 2.0),
+        "add_low_rank": lambda: decode.add_low_rank(pair, [base], [B], 2.0),
         "mix": lambda: decode.mix(*args, routing.top_k_index, 2.0, "silu"),
         "frozen silu and product, which mix replaces": lambda: F.silu(gate) * up,
         "combine": lambda: decode.combine(base, low_down, routing.top_k_index, experts.down_B, 2.0),

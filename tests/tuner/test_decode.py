@@ -38,8 +38,9 @@ def test_few_tokens_without_gradients_take_the_kernels():
     logits, names = forward(model)
     layers = model.config.num_hidden_layers
     assert {name: names.count(name) for name in OPS} == {
-        "decode_low_rank": 4 * layers,
-        "decode_add_low_rank": 4 * layers,
+        # q, k and v by one of each, and the output projection.
+        "decode_low_rank": 2 * layers,
+        "decode_add_low_rank": 2 * layers,
         "decode_project": layers,
         "decode_mix": layers,
         "decode_combine": layers,
@@ -61,6 +62,35 @@ def test_others_do_not(overrides, tokens, grad, training):
     model = make_model(**{"backend": "triton", **overrides}).train(training)
     _, names = forward(model, tokens, grad)
     assert not set(OPS) & set(names)
+
+
+@pytest.mark.parametrize(
+    ("config", "calls"),
+    [
+        ({"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"k_proj": 32}}, 2),
+        # One factor scales all that is computed together.
+        ({"alpha_pattern": {"k_proj": 64}}, 3),
+        ({"attention_target_modules": ["q_proj", "v_proj"]}, 1),
+        ({"attention_target_modules": ["v_proj", "o_proj"]}, 2),
+    ],
+    ids=str,
+)
+def test_projections_of_any_kind_are_decoded(config, calls):
+    expected, _ = forward(make_model(backend="eager", **config).eval())
+    model = make_model(backend="triton", **config).eval()
+    logits, names = forward(model)
+    assert names.count("decode_low_rank") == calls * model.config.num_hidden_layers
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_projection_that_is_no_plain_matrix_is_decoded_alone():
+    expected, _ = forward(make_model(backend="eager").eval())
+    model = make_model(backend="triton").eval()
+    key = model.get_base_model().model.layers[0].self_attn.k_proj
+    key.base_layer.register_forward_hook(lambda *_: None)
+    logits, names = forward(model)
+    assert names.count("decode_low_rank") == 2 * model.config.num_hidden_layers + 1
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +149,9 @@ def test_fakes_know_the_shapes():
             gate, B, A = torch.ones(3, f), torch.ones(4, f, 2), torch.ones(4, 2, f)
             mixed, partial = decode.mix(gate, gate, low, B, B, A, torch.ones(3, 2), index, 1.0, "silu")
             out = decode.combine(x, partial.sum(dim=0), index, torch.ones(4, 520, 2), 1.0)
-            pair = decode.low_rank(x, torch.ones(2, 520))
-            added = decode.add_low_rank(x, pair, torch.ones(520, 2), 1.0)
-        return [(t.shape, t.dtype, t.stride()) for t in (low, squares, mixed, partial, out, pair, added)]
+            pair = decode.low_rank(x, [torch.ones(2, 520), torch.ones(3, 520)])
+            Bs = [torch.ones(520, 2), torch.ones(70, 3)]
+            added = decode.add_low_rank(pair, [x, x[:, :70].contiguous()], Bs, 1.0)
+        return [(t.shape, t.dtype, t.stride()) for t in (low, squares, mixed, partial, out, pair, *added)]
 
     assert run(torch._subclasses.FakeTensorMode()) == run(torch.no_grad())

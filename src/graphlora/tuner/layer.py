@@ -12,7 +12,7 @@ from graphlora.graph import twin_experts
 from graphlora.moe import MoeSettings, low_rank_matrices, moe_ffn
 from graphlora.moe_decode import moe_ffn_decode
 from graphlora.ops.backend import resolve_backend
-from graphlora.ops.decode import few_tokens, lora_linear_decode
+from graphlora.ops.decode import few_tokens, lora_linears_decode
 from graphlora.ops.expert_ffn import ExpertWeights, FrozenFfn
 from graphlora.ops.expert_ffn.support import unsupported
 from graphlora.ops.lora_linear import AdaptedMatrix, add_low_rank, plain_matrix
@@ -241,16 +241,14 @@ class GraphLoraLinear(TunerLayer):
         out = self.shared_input.collect(self, x)
         if out is not None:
             return out
-        lora_A, lora_B = self._pair(name)
-        if not self.training and few_tokens(x) and not args and not kwargs:
-            backend = _resolve_backend(self.configs[name].backend, x.device.type)
-            if backend == "triton":
-                return lora_linear_decode(x, self.base_layer, lora_A, lora_B, self.scaling[name])
         found = self.adapted_matrix(x)
         if found is not None:
             return self.shared_input.compute(self, x, found)
-        result = self.base_layer(x, *args, **kwargs)
+        lora_A, lora_B = self._pair(name)
         scaling, dropout = self.scaling[name], self._dropout(name)
+        if not args and not kwargs and self._decodes(name, x):
+            return lora_linears_decode(x, [self.base_layer], [lora_A], [lora_B], scaling)[0]
+        result = self.base_layer(x, *args, **kwargs)
         if dropout and self._drops_in_kernels(name, x):
             return add_low_rank(result, x, lora_A, lora_B, scaling, dropout)
         x = nn.functional.dropout(x, dropout) if dropout else x
@@ -265,10 +263,16 @@ class GraphLoraLinear(TunerLayer):
         dropout = self._dropout(name)
         if dropout and not self._drops_in_kernels(name, x):
             return None
-        return Adapted(AdaptedMatrix(*matrix, *self._pair(name)), self.scaling[name], dropout)
+        decodes = self._decodes(name, x)
+        return Adapted(AdaptedMatrix(*matrix, *self._pair(name)), self.scaling[name], dropout, decodes)
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return cast(LoraPair, self.graphlora_attention[name])()
+
+    def _decodes(self, name: str, x: Tensor) -> bool:
+        if self.training or not few_tokens(x):
+            return False
+        return _resolve_backend(self.configs[name].backend, x.device.type) == "triton"
 
     def _dropout(self, name: str) -> float:
         return self.configs[name].lora_dropout if self.training else 0.0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from graphlora.ops.decode import lora_linears_decode
 from graphlora.ops.lora_linear import AdaptedMatrix, lora_linears
 
 _SIBLINGS = ("q_proj", "k_proj", "v_proj")
@@ -18,17 +20,19 @@ class Adapted(NamedTuple):
         matrix: W, b, A and B.
         scaling: lora_alpha / r.
         dropout: probability of dropping entries of the x that A sees.
+        decodes: whether the kernels for few tokens compute it.
     """
 
     matrix: AdaptedMatrix
     scaling: float
     dropout: float
+    decodes: bool
 
     def goes_with(self, other: Adapted) -> bool:
         """Whether one call can compute both."""
         mine, its = self.matrix, other.matrix
         same_dtypes = mine.lora_A.dtype == its.lora_A.dtype and mine.lora_B.dtype == its.lora_B.dtype
-        return same_dtypes and self.scaling == other.scaling and self.dropout == other.dropout
+        return same_dtypes and self[1:] == other[1:]
 
 
 class Projection(Protocol):
@@ -82,7 +86,7 @@ class SharedInput:
                 if found is not None and found.goes_with(adapted):
                     places.append(place)
                     matrices.append(found.matrix)
-        own, *others = lora_linears(x, matrices, adapted.scaling, adapted.dropout)
+        own, *others = _outputs(x, matrices, adapted)
         if others:
             self._x, self._waiting = x, dict(zip(places, others, strict=True))
         return own
@@ -97,6 +101,14 @@ class SharedInput:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files get no outputs: some wait where a forward was interrupted."""
         return {"layers": self.layers, "_x": None, "_waiting": {}}
+
+
+def _outputs(x: Tensor, matrices: list[AdaptedMatrix], adapted: Adapted) -> tuple[Tensor, ...]:
+    if not adapted.decodes:
+        return lora_linears(x, matrices, adapted.scaling, adapted.dropout)
+    bases = [partial(nn.functional.linear, weight=matrix.weight, bias=matrix.bias) for matrix in matrices]
+    lora_As, lora_Bs = [matrix.lora_A for matrix in matrices], [matrix.lora_B for matrix in matrices]
+    return lora_linears_decode(x, bases, lora_As, lora_Bs, adapted.scaling)
 
 
 def share_input(attention: nn.Module, kind: type[nn.Module]) -> None:

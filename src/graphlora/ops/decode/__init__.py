@@ -1,6 +1,6 @@
 """Expert FFN and attention LoRA for a few tokens without gradients: static shapes, no sort, no sync, capturable."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ __all__ = [
     "add_low_rank",
     "combine",
     "few_tokens",
-    "lora_linear_decode",
+    "lora_linears_decode",
     "low_rank",
     "mix",
     "project",
@@ -30,22 +30,29 @@ def few_tokens(x: Tensor) -> bool:
     return 0 < x.shape[:-1].numel() <= MAX_TOKENS
 
 
-def lora_linear_decode(
-    x: Tensor, base: Callable[[Tensor], Tensor], lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> Tensor:
-    """`W x + s B A x` for a few tokens, with `A x` beside `W x`.
+def lora_linears_decode(
+    x: Tensor,
+    bases: Sequence[Callable[[Tensor], Tensor]],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scaling: float,
+) -> tuple[Tensor, ...]:
+    """`W x + s B A x` of one to three frozen layers that read the same few tokens, with all `A x` beside the `W x`.
 
     Args:
         x: `[..., in]`, see `few_tokens`.
-        base: the frozen layer.
-        lora_A: `[r, in]`.
-        lora_B: `[out, r]`.
-        scaling: s = lora_alpha / r.
+        bases: the frozen layers, whose outputs have one dtype.
+        lora_As: `[r, in]` of each.
+        lora_Bs: `[out, r]` of each.
+        scaling: s = lora_alpha / r, of all.
 
     Returns:
-        `[..., out]` in the dtype that the frozen layer gives.
+        `[..., out]` of each in the dtype that the frozen layers give.
     """
     rows = x.reshape(-1, x.shape[-1])
-    result, low = run_beside(lambda: base(x), lambda: low_rank(rows, lora_A), x.device)
-    out = add_low_rank(result.reshape(-1, result.shape[-1]), low, lora_B, scaling)
-    return out.view(result.shape)
+    results, low = run_beside(
+        lambda: [base(x) for base in bases], lambda: low_rank(rows, list(lora_As)), x.device
+    )
+    flat = [result.reshape(-1, result.shape[-1]) for result in results]
+    outs = add_low_rank(low, flat, list(lora_Bs), scaling)
+    return tuple(out.view(result.shape) for out, result in zip(outs, results, strict=True))

@@ -24,9 +24,13 @@ def _project_shapes(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> 
     return x.new_empty(x.shape[0], rows, dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _low_rank_shape(x: Tensor, weight: Tensor) -> Tensor:
+def _low_rank_shape(x: Tensor, weights: list[Tensor]) -> Tensor:
     parts = -(-x.shape[1] // reference.SPLIT_DEPTH)
-    return x.new_empty(parts, x.shape[0], weight.shape[0], dtype=torch.float32)
+    return x.new_empty(parts, x.shape[0], sum(weight.shape[0] for weight in weights), dtype=torch.float32)
+
+
+def _add_low_rank_shapes(low: Tensor, bases: list[Tensor], *_: Any) -> list[Tensor]:
+    return [base.new_empty(base.shape) for base in bases]
 
 
 def _mix_shapes(gate: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -68,9 +72,11 @@ def _define(name: str, arguments: str, shapes: Callable[..., Any]) -> Callable[.
 project = _define(
     "project", "(Tensor x, Tensor first, Tensor second, Tensor third) -> (Tensor, Tensor)", _project_shapes
 )
-low_rank = _define("low_rank", "(Tensor x, Tensor weight) -> Tensor", _low_rank_shape)
+low_rank = _define("low_rank", "(Tensor x, Tensor[] weights) -> Tensor", _low_rank_shape)
 add_low_rank = _define(
-    "add_low_rank", "(Tensor base, Tensor low, Tensor weight, float scaling) -> Tensor", _base_shape
+    "add_low_rank",
+    "(Tensor low, Tensor[] bases, Tensor[] weights, float scaling) -> Tensor[]",
+    _add_low_rank_shapes,
 )
 mix = _define(
     "mix",

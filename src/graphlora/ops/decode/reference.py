@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,18 +34,38 @@ def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Te
     return wide @ torch.cat([first, second, third]).float().T, wide.square().sum(dim=1)
 
 
-def low_rank(x: Tensor, weight: Tensor) -> Tensor:
-    """`x A^T` in parts that the reader adds: `[parts, tokens, r]`, float32; `weight` is A, `[r, d]`."""
-    pieces = zip(
-        x.float().split(SPLIT_DEPTH, 1), weight.to(x.dtype).float().split(SPLIT_DEPTH, 1), strict=True
-    )
+def low_rank(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`x A^T` of one to three A that read x.
+
+    Args:
+        x: `[tokens, d]`.
+        weights: A, `[r, d]` each.
+
+    Returns:
+        All side by side, in parts that the reader adds: `[parts, tokens, all r]`, float32.
+    """
+    stacked = torch.cat(list(weights)).to(x.dtype).float()
+    pieces = zip(x.float().split(SPLIT_DEPTH, 1), stacked.split(SPLIT_DEPTH, 1), strict=True)
     return torch.stack([x_piece @ weight_piece.T for x_piece, weight_piece in pieces])
 
 
-def add_low_rank(base: Tensor, low: Tensor, weight: Tensor, scaling: float) -> Tensor:
-    """`base + s low B^T`: base `[tokens, out]`, low from `low_rank`, `weight` is B, `[out, r]`."""
-    delta = low.sum(dim=0).to(base.dtype).float() @ weight.to(base.dtype).float().T
-    return (base.float() + scaling * delta).to(base.dtype)
+def add_low_rank(
+    low: Tensor, bases: Sequence[Tensor], weights: Sequence[Tensor], scaling: float
+) -> list[Tensor]:
+    """`base + s low B^T` for each base.
+
+    Args:
+        low: from `low_rank`, `[parts, tokens, all r]`.
+        bases: what the frozen layers give, `[tokens, out]` each, in one dtype.
+        weights: B, `[out, r]` each.
+        scaling: s.
+    """
+    dtype = bases[0].dtype
+    parts = low.sum(dim=0).to(dtype).float().split([weight.shape[1] for weight in weights], 1)
+    return [
+        (base.float() + scaling * (part @ weight.to(dtype).float().T)).to(dtype)
+        for base, part, weight in zip(bases, parts, weights, strict=True)
+    ]
 
 
 def mix(

@@ -7,6 +7,8 @@ kernel uses atomics, so results repeat bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 from graphlora.ops.backend import interprets_triton
 from graphlora.ops.decode import triton_single as single
 from graphlora.ops.decode.reference import F_BLOCK, SPLIT_DEPTH
+from graphlora.ops.decode.triton_rows import own_output, own_rows
 from graphlora.ops.graph_route.triton_act import activation
 from graphlora.ops.sizes import ceil_div, next_power_of_2
 
@@ -81,11 +84,9 @@ def _project_kernel(
             squares += tl.sum(xt * xt, axis=0)
         tl.store(square_sum + t, squares, mask=t < tokens)
     else:
-        weight, num_rows, row_block, column = first, rows1, block, 0
-        if block >= blocks1 + blocks2:
-            weight, num_rows, row_block, column = third, rows3, block - blocks1 - blocks2, rows1 + rows2
-        elif block >= blocks1:
-            weight, num_rows, row_block, column = second, rows2, block - blocks1, rows1
+        weight, num_rows, row_block, column = own_rows(
+            first, second, third, rows1, rows2, rows3, blocks1, blocks2
+        )
         rows = row_block * ROWS + tl.arange(0, ROWS)
         value = _rows_times_tokens(
             x, weight, rows, num_rows, t, tokens, 0, d, d, True, ROWS, BT, DEPTH, DOT
@@ -98,11 +99,14 @@ def _project_kernel(
 
 @triton.jit
 def _low_rank_kernel(
-    x, weight, out, tokens, num_rows, d: tl.constexpr, LENGTH: tl.constexpr,
-    ROWS: tl.constexpr, BT: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr,
+    x, first, second, third, out, tokens, rows1, rows2, rows3, blocks1, blocks2, d: tl.constexpr,
+    LENGTH: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """`out[part]`: the product over one part of d; whoever reads it adds the parts."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """`out[part]`: three products side by side over one part of d; whoever reads it adds the parts."""
+    weight, num_rows, row_block, column = own_rows(
+        first, second, third, rows1, rows2, rows3, blocks1, blocks2
+    )
+    rows = row_block * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     t = tl.arange(0, BT)
     value = _rows_times_tokens(
@@ -110,18 +114,23 @@ def _low_rank_kernel(
         ROWS, BT, DEPTH, DOT,
     )  # fmt: skip
     tl.store(
-        out + (part * tokens + t[None, :]) * num_rows + rows[:, None], value,
+        out + (part * tokens + t[None, :]) * (rows1 + rows2 + rows3) + (column + rows)[:, None], value,
         mask=(rows < num_rows)[:, None] & (t < tokens)[None, :],
     )  # fmt: skip
 
 
 @triton.jit
 def _add_low_rank_kernel(
-    base, low, weight, out, tokens, width, scaling, PARTS: tl.constexpr,
-    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, DOT: tl.constexpr,
+    base1, base2, base3, weight1, weight2, weight3, out1, out2, out3, low, tokens, width1, width2, width3,
+    blocks1, blocks2, scaling, PARTS: tl.constexpr,
+    STRIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """`out = base + scaling * B low`, with low summed over its parts in order."""
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    """`out = base + scaling * B low` of three outputs, with low summed over its parts in order."""
+    base, weight, out, width, which, block = own_output(
+        base1, base2, base3, weight1, weight2, weight3, out1, out2, out3, width1, width2, width3,
+        blocks1, blocks2,
+    )  # fmt: skip
+    o = block * BO + tl.arange(0, BO)
     t = tl.arange(0, BT)
     j = tl.arange(0, RP)
     own = (o < width)[:, None] & (t < tokens)[None, :]
@@ -132,7 +141,7 @@ def _add_low_rank_kernel(
     value = tl.zeros([RP, BT], tl.float32)
     for part in range(PARTS):
         value += tl.load(
-            low + (part * tokens + t[None, :]) * R + j[:, None],
+            low + (part * tokens + t[None, :]) * STRIDE + which * R + j[:, None],
             mask=(j < R)[:, None] & (t < tokens)[None, :], other=0.0,
         )  # fmt: skip
     delta = _rounded_dot(b, value, tl.zeros([BO, BT], tl.float32), DOT)
@@ -238,9 +247,7 @@ def _combine_kernel(
 def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.project`."""
     tokens, d = x.shape
-    weights = [first, second, third]
-    if len({weight.dtype for weight in weights}) > 1:
-        weights = [weight.float() for weight in weights]
+    weights = _alike([first, second, third])
     if single.takes(tokens):
         return single.project(x, *weights)
     sizes = [len(weight) for weight in weights]
@@ -255,34 +262,60 @@ def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Te
     return out, square_sum
 
 
-def low_rank(x: Tensor, weight: Tensor) -> Tensor:
+def low_rank(x: Tensor, weights: list[Tensor]) -> Tensor:
     """See `reference.low_rank`."""
     tokens, d = x.shape
-    if single.takes(tokens):
-        return single.low_rank(x, weight)
-    parts = ceil_div(d, SPLIT_DEPTH)
-    out = x.new_empty(parts, tokens, len(weight), dtype=torch.float32)
-    _low_rank_kernel[(ceil_div(len(weight), _ROWS), parts)](
-        x.contiguous(), weight.contiguous(), out, tokens, len(weight),
-        d=d, LENGTH=min(SPLIT_DEPTH, d), ROWS=_ROWS, BT=_token_block(tokens), DEPTH=_DEPTH_BYTES // x.element_size(),
+    is_single = single.takes(tokens)
+    rows = single.ROWS if is_single else _ROWS
+    parts, sizes = ceil_div(d, SPLIT_DEPTH), [len(weight) for weight in weights]
+    blocks = [ceil_div(size, rows) for size in sizes]
+    out = x.new_empty(parts, tokens, sum(sizes), dtype=torch.float32)
+    inputs = (x.contiguous(), *_three([weight.contiguous() for weight in _alike(weights)]), out)
+    if is_single:
+        single.low_rank_kernel[(sum(blocks), parts, tokens)](
+            *inputs, *_three(sizes, 0), *_three(blocks, 0)[:2],
+            d=d, ROWS=rows, DEPTH=SPLIT_DEPTH, DOT=_DOT_TYPES[x.dtype], num_warps=4,
+        )  # fmt: skip
+        return out
+    _low_rank_kernel[(sum(blocks), parts)](
+        *inputs, tokens, *_three(sizes, 0), *_three(blocks, 0)[:2],
+        d=d, LENGTH=min(SPLIT_DEPTH, d), ROWS=rows, BT=_token_block(tokens), DEPTH=_DEPTH_BYTES // x.element_size(),
         DOT=_DOT_TYPES[x.dtype], num_warps=4,
     )  # fmt: skip
     return out
 
 
-def add_low_rank(base: Tensor, low: Tensor, weight: Tensor, scaling: float) -> Tensor:
+def add_low_rank(low: Tensor, bases: list[Tensor], weights: list[Tensor], scaling: float) -> list[Tensor]:
     """See `reference.add_low_rank`."""
-    tokens, width = base.shape
-    parts, _, r = low.shape
-    if single.takes(tokens, r):
-        return single.add_low_rank(base, low, weight, scaling)
-    out = base.new_empty(base.shape)
-    _add_low_rank_kernel[(ceil_div(width, _OUT_BLOCK),)](
-        base.contiguous(), low.contiguous(), weight.contiguous(), out, tokens, width, scaling,
-        PARTS=parts, R=r, RP=max(16, next_power_of_2(r)), BT=_token_block(tokens), BO=_OUT_BLOCK,
-        DOT=_DOT_TYPES[base.dtype], num_warps=4,
+    ranks = [weight.shape[1] for weight in weights]
+    if len(set(ranks)) > 1:
+        own = zip(low.split(ranks, 2), bases, weights, strict=True)
+        return [add_low_rank(part, [base], [weight], scaling)[0] for part, base, weight in own]
+    parts, tokens, _ = low.shape
+    r = ranks[0]
+    is_single = single.takes(tokens, r)
+    out_block = single.OUT_BLOCK if is_single else _OUT_BLOCK
+    widths = [base.shape[1] for base in bases]
+    blocks = [ceil_div(width, out_block) for width in widths]
+    outs = [base.new_empty(base.shape) for base in bases]
+    tensors = (
+        [base.contiguous() for base in bases],
+        [weight.contiguous() for weight in _alike(weights)],
+        outs,
+    )
+    inputs = (*(each for group in tensors for each in _three(group)), low)
+    sizes = (*_three(widths, 0), *_three(blocks, 0)[:2], scaling)
+    if is_single:
+        single.add_low_rank_kernel[(sum(blocks), tokens)](
+            *inputs, *sizes, PARTS=parts, STRIDE=low.stride(1), PP=next_power_of_2(parts), R=r,
+            RP=next_power_of_2(r), BO=out_block, DOT=_DOT_TYPES[bases[0].dtype], num_warps=4,
+        )  # fmt: skip
+        return outs
+    _add_low_rank_kernel[(sum(blocks),)](
+        *inputs, tokens, *sizes, PARTS=parts, STRIDE=low.stride(1), R=r, RP=max(16, next_power_of_2(r)),
+        BT=_token_block(tokens), BO=out_block, DOT=_DOT_TYPES[bases[0].dtype], num_warps=4,
     )  # fmt: skip
-    return out
+    return outs
 
 
 def mix(
@@ -337,6 +370,18 @@ def combine(base: Tensor, low: Tensor, top_k_index: Tensor, down_B: Tensor, scal
         num_stages=_stages(num_experts * r),
     )  # fmt: skip
     return out
+
+
+def _three(items: list[Any], filler: Any = None) -> tuple[Any, ...]:
+    """One to three items as three: the first stands for those that no program takes, or `filler` does."""
+    return (*items, *[items[0] if filler is None else filler] * (3 - len(items)))
+
+
+def _alike(weights: list[Tensor]) -> list[Tensor]:
+    """In one dtype, since a kernel chooses between their addresses."""
+    if len({weight.dtype for weight in weights}) == 1:
+        return weights
+    return [weight.float() for weight in weights]
 
 
 def _token_block(tokens: int) -> int:

@@ -11,16 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphlora.ops.decode.reference import F_BLOCK, SPLIT_DEPTH
+from graphlora.ops.decode.reference import F_BLOCK
+from graphlora.ops.decode.triton_rows import own_output, own_rows
 from graphlora.ops.graph_route.triton_act import activation, narrowed
 from graphlora.ops.sizes import ceil_div, next_power_of_2
 
 # Forwards of at most this many tokens take these kernels; each token has programs of its own.
 TOKENS = 1
 # Rows of the skinny product that one program owns, and positions of d that it reads at once.
-_ROWS, _DEPTH = 2, 4096
+ROWS, _DEPTH = 2, 4096
 # Output rows of one program, and columns beside them (rank, times slots) that registers have room for.
-_OUT_BLOCK, _COLUMNS = 64, 64
+OUT_BLOCK, _COLUMNS = 64, 64
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -46,11 +47,9 @@ def _project_kernel(
             squares += xt * xt
         tl.store(square_sum + t, tl.sum(squares, axis=0))
     else:
-        weight, num_rows, row_block, column = first, rows1, block, 0
-        if block >= blocks1 + blocks2:
-            weight, num_rows, row_block, column = third, rows3, block - blocks1 - blocks2, rows1 + rows2
-        elif block >= blocks1:
-            weight, num_rows, row_block, column = second, rows2, block - blocks1, rows1
+        weight, num_rows, row_block, column = own_rows(
+            first, second, third, rows1, rows2, rows3, blocks1, blocks2
+        )
         rows = row_block * ROWS + tl.arange(0, ROWS)
         total = tl.zeros([ROWS, DEPTH], tl.float32)
         for start in range(0, d, DEPTH):
@@ -64,35 +63,45 @@ def _project_kernel(
 
 
 @triton.jit
-def _low_rank_kernel(
-    x, weight, out, num_rows, d: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr
-):
-    """`out[part]`: the product over one part of d; whoever reads it adds the parts."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def low_rank_kernel(
+    x, first, second, third, out, rows1, rows2, rows3, blocks1, blocks2, d: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """`out[part]`: three products side by side over one part of d; whoever reads it adds the parts."""
+    weight, num_rows, row_block, column = own_rows(
+        first, second, third, rows1, rows2, rows3, blocks1, blocks2
+    )
+    rows = row_block * ROWS + tl.arange(0, ROWS)
     part, t = tl.program_id(1), tl.program_id(2)
     i = part * DEPTH + tl.arange(0, DEPTH)
     live = (rows < num_rows)[:, None] & (i < d)[None, :]
     w = tl.load(weight + rows[:, None] * d + i[None, :], mask=live, other=0.0).to(tl.float32)
     xt = tl.load(x + t * d + i, mask=i < d, other=0.0).to(tl.float32)
     value = tl.sum(_rounded(w, DOT) * xt[None, :], axis=1)
-    tl.store(out + (part * tl.num_programs(2) + t) * num_rows + rows, value, mask=rows < num_rows)
+    at = (part * tl.num_programs(2) + t) * (rows1 + rows2 + rows3) + column + rows
+    tl.store(out + at, value, mask=rows < num_rows)
 
 
 @triton.jit
-def _add_low_rank_kernel(
-    base, low, weight, out, width, scaling, PARTS: tl.constexpr, PP: tl.constexpr,
-    R: tl.constexpr, RP: tl.constexpr, BO: tl.constexpr, DOT: tl.constexpr,
+def add_low_rank_kernel(
+    base1, base2, base3, weight1, weight2, weight3, out1, out2, out3, low, width1, width2, width3,
+    blocks1, blocks2, scaling, PARTS: tl.constexpr, PP: tl.constexpr,
+    STRIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BO: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """`out = base + scaling * B low`, with low summed over its parts."""
+    """`out = base + scaling * B low` of three outputs, with low summed over its parts."""
+    base, weight, out, width, which, block = own_output(
+        base1, base2, base3, weight1, weight2, weight3, out1, out2, out3, width1, width2, width3,
+        blocks1, blocks2,
+    )  # fmt: skip
     t = tl.program_id(1)
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    o = block * BO + tl.arange(0, BO)
     j = tl.arange(0, RP)
     part = tl.arange(0, PP)
     before = tl.load(base + t * width + o, mask=o < width, other=0.0).to(tl.float32)
     own = (o < width)[:, None] & (j < R)[None, :]
     b = tl.load(weight + o[:, None] * R + j[None, :], mask=own, other=0.0).to(tl.float32)
     parts = tl.load(
-        low + (part[:, None] * tl.num_programs(1) + t) * R + j[None, :],
+        low + (part[:, None] * tl.num_programs(1) + t) * STRIDE + which * R + j[None, :],
         mask=(part < PARTS)[:, None] & (j < R)[None, :], other=0.0,
     )  # fmt: skip
     value = _rounded(tl.sum(parts, axis=0), DOT)
@@ -183,37 +192,12 @@ def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Te
     sizes = [len(weight) for weight in weights]
     out = x.new_empty(tokens, sum(sizes), dtype=torch.float32)
     square_sum = x.new_empty(tokens, dtype=torch.float32)
-    blocks = [ceil_div(size, _ROWS) for size in sizes]
+    blocks = [ceil_div(size, ROWS) for size in sizes]
     _project_kernel[(sum(blocks) + 1, tokens)](
         x.contiguous(), *(weight.contiguous() for weight in weights), out, square_sum, *sizes, *blocks,
-        d=d, ROWS=_ROWS, DEPTH=min(_DEPTH, next_power_of_2(d)), num_warps=8,
+        d=d, ROWS=ROWS, DEPTH=min(_DEPTH, next_power_of_2(d)), num_warps=8,
     )  # fmt: skip
     return out, square_sum
-
-
-def low_rank(x: Tensor, weight: Tensor) -> Tensor:
-    """See `reference.low_rank`."""
-    tokens, d = x.shape
-    parts = ceil_div(d, SPLIT_DEPTH)
-    out = x.new_empty(parts, tokens, len(weight), dtype=torch.float32)
-    _low_rank_kernel[(ceil_div(len(weight), _ROWS), parts, tokens)](
-        x.contiguous(), weight.contiguous(), out, len(weight),
-        d=d, ROWS=_ROWS, DEPTH=SPLIT_DEPTH, DOT=_DOT_TYPES[x.dtype], num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-def add_low_rank(base: Tensor, low: Tensor, weight: Tensor, scaling: float) -> Tensor:
-    """See `reference.add_low_rank`."""
-    tokens, width = base.shape
-    parts, _, r = low.shape
-    out = base.new_empty(base.shape)
-    _add_low_rank_kernel[(ceil_div(width, _OUT_BLOCK), tokens)](
-        base.contiguous(), low.contiguous(), weight.contiguous(), out, width, scaling,
-        PARTS=parts, PP=next_power_of_2(parts), R=r, RP=next_power_of_2(r), BO=_OUT_BLOCK,
-        DOT=_DOT_TYPES[base.dtype], num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 def mix(
@@ -250,9 +234,9 @@ def combine(base: Tensor, low: Tensor, top_k_index: Tensor, down_B: Tensor, scal
     tokens, d = base.shape
     top_k, r = low.shape[1:]
     out = base.new_empty(base.shape)
-    _combine_kernel[(ceil_div(d, _OUT_BLOCK), tokens)](
+    _combine_kernel[(ceil_div(d, OUT_BLOCK), tokens)](
         *(t.contiguous() for t in (base, low, top_k_index, down_B)), out, d, scaling,
-        R=r, RP=next_power_of_2(r), K=top_k, KP=next_power_of_2(top_k), BD=_OUT_BLOCK,
+        R=r, RP=next_power_of_2(r), K=top_k, KP=next_power_of_2(top_k), BD=OUT_BLOCK,
         DOT=_DOT_TYPES[base.dtype], num_warps=4,
     )  # fmt: skip
     return out
