@@ -96,7 +96,12 @@ class Context:
             self.fail(candidate, error)
 
     def interleave(
-        self, calls: Mapping[str, Call], warmup: int = 10, iterations: int = 30, in_a_row: int = 1
+        self,
+        calls: Mapping[str, Call],
+        warmup: int = 10,
+        iterations: int = 30,
+        in_a_row: int = 1,
+        timed: int = 1,
     ) -> Interleaved:
         """`graphlora.benchmark.timing.interleave`, with fewer iterations where the case is tiny."""
         if self.tiny:
@@ -109,6 +114,7 @@ class Context:
             seconds=self.seconds,
             failures=failures(),
             in_a_row=in_a_row,
+            timed=timed,
         )
 
     def may_run(self, candidate: str) -> bool:

@@ -15,6 +15,11 @@ from graphlora.benchmark.timing import Call, Stopwatch
 # Few tokens are launch-bound when called from Python; a CUDA graph shows what the kernels themselves take.
 _GRAPHED_UP_TO = 1024
 _LOOPS = {"eager", "loop"}
+# Turns, calls of a candidate in each, and how many of these are timed, the last ones. A GPU at its limit of power slows
+# down within tens of milliseconds, the more the fewer pauses a candidate leaves, and after a single call it still runs
+# at the speed that the candidate before has left. The calls that are timed have as long a time of their own kind before
+# them as a step of 8 layers.
+_TURNS, _IN_A_ROW, _TIMED = 12, 13, 3
 
 
 def measure(context: Context) -> None:
@@ -23,7 +28,9 @@ def measure(context: Context) -> None:
     bench = FfnBench(SHAPES[p["shape"]], p["r"], p["tokens"], p["skew"], context.device, context.dtype)
     made = context.build(p["candidates"], bench.candidate)
     calls = {name: timed_call(candidate, bench) for name, candidate in made.items()}
-    context.add_timings(context.interleave(calls, in_a_row=2))
+    context.add_timings(
+        context.interleave(calls, warmup=3, iterations=_TURNS, in_a_row=_IN_A_ROW, timed=_TIMED)
+    )
     if context.device.type == "cuda" and p["tokens"] <= _GRAPHED_UP_TO:
         # The loops read on the host which tokens an expert has.
         runs = {

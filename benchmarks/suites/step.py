@@ -32,6 +32,7 @@ def measure(context: Context) -> None:
     ids = random_tokens(shape, batch, length, context.device)
     made = context.build(p["candidates"], lambda name: candidate_in_mode(name, base, context.device))
     calls = {name: call_in_mode(name, c, ids, context.device) for name, c in made.items()}
+    context.seconds = p.get("seconds", context.seconds)
     result = context.interleave(calls, warmup=3, iterations=p.get("iterations", 12), in_a_row=p["in_a_row"])
     context.add_timings(result)
     peak = gemm_rate(context.device, context.dtype, 8192 if context.device.type == "cuda" else 64)

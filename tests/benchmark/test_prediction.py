@@ -133,22 +133,24 @@ def test_saved_storages_count_once_and_whole():
     assert z.requires_grad
 
 
-def test_calls_in_a_row_come_before_the_timed_one():
+@pytest.mark.parametrize(("in_a_row", "timed"), [(2, 1), (4, 3)])
+def test_calls_in_a_row_come_before_the_timed_ones(in_a_row, timed):
     calls = []
 
     def call_of(name):
         def call(watch: Stopwatch) -> None:
             calls.append(name)
-            time.sleep(0.02 if calls[-2:] != [name, name] else 0)
+            time.sleep(0.02 if calls[-2:] != [name, name] else 0)  # the first of a turn
             watch.lap("half")
 
         return call
 
-    result = interleave({n: call_of(n) for n in "ab"}, CPU, warmup=1, iterations=2, in_a_row=2)
-    turns = ["".join(calls[i : i + 4]) for i in range(0, 12, 4)]
-    assert set(turns) == {"aabb", "bbaa"}
+    own = {n: call_of(n) for n in "ab"}
+    result = interleave(own, CPU, warmup=1, iterations=2, in_a_row=in_a_row, timed=timed)
+    turns = ["".join(calls[i : i + 2 * in_a_row]) for i in range(0, 6 * in_a_row, 2 * in_a_row)]
+    assert set(turns) == {"a" * in_a_row + "b" * in_a_row, "b" * in_a_row + "a" * in_a_row}
     for name in "ab":
-        assert result.timings[name]["full"].iterations == 2
+        assert result.timings[name]["full"].iterations == 2 * timed
         assert result.timings[name]["full"].high < 10
 
 

@@ -95,6 +95,7 @@ def interleave(
     seconds: float = float("inf"),
     failures: tuple[type[BaseException], ...] = (),
     in_a_row: int = 1,
+    timed: int = 1,
 ) -> Interleaved:
     """Times the candidates turn by turn, in an order that is drawn anew for each turn.
 
@@ -108,7 +109,8 @@ def interleave(
         iterations: timed rounds.
         seconds: stop early, with at least three timed rounds, when all this has taken so long.
         failures: errors that exclude a candidate instead of ending the measurement.
-        in_a_row: calls of a candidate in each of its turns; the last is timed, behind others of its own kind.
+        in_a_row: calls of a candidate in each of its turns.
+        timed: how many of these are timed, the last ones: they have others of their own kind before them.
     """
     result = Interleaved()
     alive = dict(calls)
@@ -117,14 +119,14 @@ def interleave(
     for turn in range(warmup + iterations):
         if turn >= warmup + 3 and time.monotonic() > end:
             break
-        watches: dict[str, Stopwatch] = {}
+        watches: dict[str, list[Stopwatch]] = {}
         for name, call in random.Random(turn).sample([*alive.items()], len(alive)):
-            watch = Stopwatch(device)
+            own = []
             try:
-                for _ in range(in_a_row - 1):
-                    call(Stopwatch(device))
-                watch = Stopwatch(device)
-                call(watch)
+                for _ in range(in_a_row):
+                    own.append(Stopwatch(device))
+                    call(own[-1])
+                    own[-1].lap("end")
                 if turn == 0:
                     synchronize(device)
             except failures as error:
@@ -132,12 +134,11 @@ def interleave(
                 del alive[name]
                 release(device)
                 continue
-            watch.lap("end")
-            watches[name] = watch
+            watches[name] = own[in_a_row - timed :]
         synchronize(device)
         if turn >= warmup:
-            for name, watch in watches.items():
-                for phase, value in watch.milliseconds().items():
+            for name, own in watches.items():
+                for phase, value in (each for watch in own for each in watch.milliseconds().items()):
                     samples[name].setdefault(phase, []).append(value)
     for name in alive:
         result.timings[name] = {
