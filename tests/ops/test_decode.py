@@ -55,7 +55,9 @@ def choose(tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _kernels_for_one_token(monkeypatch):
+    """Several tokens take the other kernels, which is tested with few of them here."""
     monkeypatch.setattr(triton_single, "TOKENS", 1)
+    monkeypatch.setattr(triton_single, "PROJECT_TOKENS", 1)
 
 
 @dtypes
@@ -183,6 +185,23 @@ def test_the_path_is_the_expert_loop(dtype, act, tokens, num_experts, top_k, r):
     assert error < {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 2e-3}[dtype]
 
 
+@dtypes
+def test_a_few_tokens_take_the_kernels_for_one(monkeypatch, dtype):
+    monkeypatch.setattr(triton_single, "TOKENS", 16)
+    test_attention_lora(dtype, 3, 1030, [(140, 8), (33, 8), (70, 8)])
+    test_mix_and_combine(dtype, 12, 8, 2, 8)
+    test_mix_and_combine(dtype, 5, 9, 3, 5)
+    monkeypatch.setattr(triton_single, "PROJECT_TOKENS", 32)
+    test_project(dtype, 9, 140, (8, 8, 6))
+
+
+def test_which_tokens_take_the_kernels_for_one(monkeypatch):
+    monkeypatch.undo()
+    takes = triton_single.takes
+    assert takes(1, 32, 2) and not takes(1, 33, 2) and takes(1, 64) and not takes(1, 65)
+    assert takes(16, 8, 2) and not takes(17, 8, 2) and not takes(16, 9, 2) and takes(8, 16, 2) and takes(16)
+
+
 def test_a_token_alone_gives_what_it_gives_beside_others(monkeypatch):
     tokens, d, f, num_experts, top_k, r = 3, 530, 70, 6, 3, 5
     x, base = normal(tokens, d), normal(tokens, d, seed=1)
@@ -208,10 +227,12 @@ def test_a_token_alone_gives_what_it_gives_beside_others(monkeypatch):
         ]
 
     monkeypatch.setattr(triton_single, "TOKENS", tokens)
+    monkeypatch.setattr(triton_single, "PROJECT_TOKENS", tokens)
     together = run(slice(tokens))
     alone = [run(slice(t, t + 1)) for t in range(tokens)]
     for i, (value, dim) in enumerate(together):
         assert torch.equal(value, torch.cat([one[i][0] for one in alone], dim=dim))
     monkeypatch.setattr(triton_single, "TOKENS", 0)
+    monkeypatch.setattr(triton_single, "PROJECT_TOKENS", 0)
     for (value, _), (expected, _) in zip(together, run(slice(tokens)), strict=True):
         near(value, expected, TOLERANCE[torch.float32])

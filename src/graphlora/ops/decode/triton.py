@@ -248,7 +248,7 @@ def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Te
     """See `reference.project`."""
     tokens, d = x.shape
     weights = _alike([first, second, third])
-    if single.takes(tokens):
+    if tokens <= single.PROJECT_TOKENS:
         return single.project(x, *weights)
     sizes = [len(weight) for weight in weights]
     out = x.new_empty(tokens, sum(sizes), dtype=torch.float32)

@@ -16,8 +16,10 @@ from graphlora.ops.decode.triton_rows import own_output, own_rows
 from graphlora.ops.graph_route.triton_act import activation, narrowed
 from graphlora.ops.sizes import ceil_div, next_power_of_2
 
-# Forwards of at most this many tokens take these kernels; each token has programs of its own.
-TOKENS = 1
+# Forwards of at most this many tokens take these kernels, for the first product at most that many; each token has
+# programs of its own. Beyond, and with more columns in all than 16 tokens of rank 8 and two experts have, reading the
+# weights once for all tokens counts for more. Measured, see README.md.
+TOKENS, PROJECT_TOKENS, _ALL_COLUMNS = 16, 32, 256
 # Rows of the skinny product that one program owns, and positions of d that it reads at once.
 ROWS, _DEPTH = 2, 4096
 # Output rows of one program, and columns beside them (rank, times slots) that registers have room for.
@@ -175,14 +177,15 @@ def _combine_kernel(
 
 
 def takes(tokens: int, r: int = 1, top_k: int = 1) -> bool:
-    """Whether these kernels are for so many tokens, with so many columns at once.
+    """Whether these kernels (`project` aside) are for so many tokens, with so many columns at once.
 
     Args:
         tokens: rows of the input.
         r: rank that a program holds in full.
         top_k: experts whose ranks it holds beside each other.
     """
-    return tokens <= TOKENS and next_power_of_2(top_k) * next_power_of_2(r) <= _COLUMNS
+    columns = next_power_of_2(top_k) * next_power_of_2(r)
+    return tokens <= TOKENS and columns <= _COLUMNS and tokens * columns <= _ALL_COLUMNS
 
 
 def project(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
