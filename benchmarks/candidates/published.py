@@ -95,7 +95,7 @@ def moe_peft_mixlora(base: PreTrainedModel, r: int, dropout: float, targets: Seq
     Raises:
         NotHere: MoE-PEFT is not installed, or in another version than the one that is compared with.
     """
-    for name in ("moe_peft", "evaluate"):
+    for name in ("moe_peft", "evaluate", "datasets"):
         if find_spec(name) is None:
             raise NotHere(f"{name} is not installed: {INSTALL}")
     if (found := version("moe_peft")) != VERSION:
