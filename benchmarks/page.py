@@ -38,6 +38,14 @@ LABELS = {
     "released_r8": "expert loop (as released)",
     "moe_peft_mixlora_r8": "MixLoRA r=8 (MoE-PEFT)",
 }
+# How a step is run, by the ending of a candidate's name; the MODES of candidates/modes.py.
+MODE_LABELS = {
+    "graph": "recorded",
+    "compiled": "compiled",
+    "regions": "layers compiled",
+    "liger": "Liger's loss",
+    "ligers": "Liger's kernels",
+}
 # Options of a command that name a folder of one machine, or the commit, which stands above.
 _PLACES = re.compile(r" --(out|commit|resume)( (?!-)\S+)?")
 # Tokens of row 1.
@@ -139,10 +147,24 @@ def _step_ratios(measurements: Sequence[Measurement]) -> dict[str, dict[str, flo
         values = {m.candidate: m.value for m in group if m.status == OK and m.phase == "full" and m.value}
         if suite != "step" or "frozen" not in values or "eager_r8" not in values:
             continue
-        result[case] = {
-            label: values[name] / values["frozen"] for name, label in LABELS.items() if name in values
-        }
+        labels = {name: label for name in values if (label := _label(name)) is not None}
+        order = sorted(labels, key=lambda name: list(LABELS).index(_without_mode(name)))
+        result[case] = {labels[name]: values[name] / values["frozen"] for name in order}
     return result
+
+
+def _label(candidate: str) -> str | None:
+    """A candidate as pictures name it."""
+    source = _without_mode(candidate)
+    if source not in LABELS:
+        return None
+    mode = candidate.removeprefix(source).removeprefix("_")
+    return LABELS[source] + (f", {MODE_LABELS[mode]}" if mode else "")
+
+
+def _without_mode(candidate: str) -> str:
+    source, _, mode = candidate.rpartition("_")
+    return source if mode in MODE_LABELS else candidate
 
 
 def _ffn_ratios(measurements: Sequence[Measurement]) -> dict[tuple[str, int, int, str], float]:

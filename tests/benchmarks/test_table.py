@@ -154,6 +154,19 @@ def test_figures_and_page_come_from_the_data(tmp_path):
     assert (docs / "performance.md").read_text() == again
 
 
+def test_every_candidate_of_a_step_has_a_label_of_its_own_in_the_picture():
+    for case in SUITES["step"].cases:
+        values = {name: 1.0 + i for i, name in enumerate(case.params["candidates"])}
+        group = [Measurement("step", case.name, name, "full", value=v) for name, v in values.items()]
+        found = page._step_ratios(group).get(case.name)
+        if "eager_r8" not in values:
+            assert found is None
+            continue
+        assert len(found) == len(values)
+        assert sorted(found.values()) == sorted(values.values())
+        assert found.get("GraphLoRA r=8, compiled") == values.get("triton_r8_compiled")
+
+
 def test_the_page_says_which_commit_measured_what_and_names_no_folder_of_a_machine():
     provenance = {
         "commit": "0123456789",
