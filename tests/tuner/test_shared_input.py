@@ -2,6 +2,9 @@
 
 import copy
 import gc
+import sys
+import threading
+import time
 import weakref
 
 import peft
@@ -48,8 +51,7 @@ def set_apart(model):
 
 def assert_nothing_waits(model):
     for layer in projections(model):
-        assert layer.shared_input._x is None
-        assert layer.shared_input._waiting == {}
+        assert layer.shared_input._kept is None
 
 
 def step(model, tokens):
@@ -119,6 +121,43 @@ def test_a_projection_gives_the_same_alone_in_any_order_and_again(make_adapted):
     torch.testing.assert_close(key(x), expected["k_proj"])
     torch.testing.assert_close(query(x), expected["q_proj"])
     torch.testing.assert_close(value(x), expected["v_proj"])
+
+
+def test_what_was_written_to_the_input_since_is_seen(make_adapted):
+    model, alone = make_adapted().train(), set_apart(make_adapted()).train()
+    x = rows(requires_grad=False)
+    attention(model).q_proj(x)
+    x.mul_(2)
+    torch.testing.assert_close(attention(model).k_proj(x), attention(alone).k_proj(x))
+
+
+def test_threads_may_call_one_model_at_once(make_adapted):
+    """Each thread calls q, k and v with its own tensor, while the others exchange what waits."""
+    model = make_adapted().eval()
+    layers = [getattr(attention(model), name) for name in NAMES]
+    xs = [torch.full((1, 32), 1.0 + seed) for seed in range(4)]
+    with torch.no_grad():
+        expected = [[layer(x.clone()) for layer in layers] for x in xs]
+    wrong, switching, end = [], sys.getswitchinterval(), time.monotonic() + 1
+
+    def serve(x: torch.Tensor, rights: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            while time.monotonic() < end:
+                for layer, right in zip(layers, rights, strict=True):
+                    out = layer(x)
+                    if not torch.allclose(out, right, atol=1e-4):
+                        wrong.append((x, out, right))
+
+    threads = [threading.Thread(target=serve, args=each) for each in zip(xs, expected, strict=True)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switching)
+    assert not wrong
 
 
 def test_outputs_that_nobody_uses_cost_no_gradient(make_adapted):
@@ -228,7 +267,7 @@ def test_what_an_interrupted_forward_left_is_neither_copied_nor_used(make_adapte
     with pytest.raises(KeyboardInterrupt):
         step(model, tokens)
     hook.remove()
-    assert attention(model).q_proj.shared_input._waiting
+    assert attention(model).q_proj.shared_input._kept
     twin = copy.deepcopy(model)
     assert_nothing_waits(twin)
     for one in (model, twin):

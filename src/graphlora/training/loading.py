@@ -23,6 +23,7 @@ from transformers import (
 from graphlora.errors import GraphLoraError
 from graphlora.training.adapter_files import WEIGHT_PREFIX, AdapterFiles, is_adapter, read_adapter
 from graphlora.training.processes import wants_sharding
+from graphlora.tuner.four_bits import keep_differentiable
 from graphlora.tuner.register import register
 from graphlora.untrusted import check_model_place, local_path
 
@@ -132,6 +133,8 @@ def load_base_model(
     if load_in_4bit:
         kwargs["quantization_config"] = _four_bits(name, dtype, "gguf_file" in kwargs)
     model: Any = _from_hub(name, lambda: AutoModelForCausalLM.from_pretrained(**kwargs))
+    if load_in_4bit:
+        keep_differentiable(model)
     if "gguf_file" in kwargs:
         model = model.to(dtype=dtype)
     return model.to(device) if device is not None else model

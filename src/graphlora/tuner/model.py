@@ -19,6 +19,7 @@ from graphlora.router import GraphRouter, Routing, begin_updates
 from graphlora.tuner import ffn
 from graphlora.tuner.auxiliary import auxiliary_loss
 from graphlora.tuner.config import GraphLoraConfig
+from graphlora.tuner.four_bits import keep_differentiable
 from graphlora.tuner.layer import GraphLoraLinear
 from graphlora.tuner.masks import named_arguments, num_samples, share_of_batch, token_masks
 from graphlora.tuner.outputs import AUX_FIELDS, with_aux
@@ -122,6 +123,8 @@ class GraphLoraModel(BaseTuner):
                 f"target_modules={config.target_modules} matches no FFN block of {type(model).__name__}. "
                 f"FFN blocks found: {', '.join(ffn.find_ffn_blocks(model)) or 'none'}."
             )
+        if not config.inference_mode:
+            keep_differentiable(model)
         twins = {
             layer.block_name: t for layer in self._layers(adapter_name) if (t := layer.twins(adapter_name))
         }

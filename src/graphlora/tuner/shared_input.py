@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from graphlora.ops.decode import lora_linears_decode
@@ -48,8 +49,9 @@ class SharedInput:
     """Outputs of sibling projections that wait for the calls they belong to.
 
     A model calls `q_proj`, `k_proj` and `v_proj` one after the other with the same tensor. The first call computes the
-    outputs of all, and the others find theirs here. That the tensor is the same is seen by its identity, so a
-    projection that is called alone, or with another tensor, gives what it would give by itself.
+    outputs of all, and the others find theirs here. That the tensor is the same is seen by its identity and version, so
+    a projection that is called alone, or with another tensor or content, gives what it would give by itself. Threads
+    may call one model at once.
 
     Args:
         layers: the projections; those of one attention module.
@@ -57,18 +59,21 @@ class SharedInput:
 
     def __init__(self, layers: list[Projection]) -> None:
         self.layers = layers
-        self._x: Tensor | None = None
-        # By place among the layers: names would make a compiler trace each attention module by itself.
-        self._waiting: dict[int, Tensor] = {}
+        # The tensor, its version, and outputs by place among the layers: names would make a compiler trace each
+        # attention module by itself. One attribute, which another thread exchanges as a whole.
+        self._kept: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
     def collect(self, layer: Projection, x: Tensor) -> Tensor | None:
         """The output of `layer` for this very `x`, where a sibling's call computed it; once."""
-        place = self._place(layer)
-        if self._x is not x or place is None:
+        kept = self._kept
+        if kept is None or kept[0] is not x:
             return None
-        out = self._waiting.pop(place, None)
-        if not self._waiting:
-            self._x = None
+        place = self._place(layer)
+        if place is None or kept[1] != _version(x):
+            return None
+        out = kept[2].pop(place, None)
+        if not kept[2]:
+            self._kept = None
         return out
 
     def compute(self, layer: Projection, x: Tensor, adapted: Adapted) -> Tensor:
@@ -88,7 +93,7 @@ class SharedInput:
                     matrices.append(found.matrix)
         own, *others = _outputs(x, matrices, adapted)
         if others:
-            self._x, self._waiting = x, dict(zip(places, others, strict=True))
+            self._kept = x, _version(x), dict(zip(places, others, strict=True))
         return own
 
     def _place(self, layer: Projection) -> int | None:
@@ -100,7 +105,12 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files get no outputs: some wait where a forward was interrupted."""
-        return {"layers": self.layers, "_x": None, "_waiting": {}}
+        return {"layers": self.layers, "_kept": None}
+
+
+def _version(x: Tensor) -> int:
+    """Counts what was written to x in place; 0 where nothing counts, and for compilers, which know what is written."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _outputs(x: Tensor, matrices: list[AdaptedMatrix], adapted: Adapted) -> tuple[Tensor, ...]:
