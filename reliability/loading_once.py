@@ -74,8 +74,8 @@ def peaks(model: Path, rows: Path, dtype: str, output: Path) -> dict[str, int]:
     words += ["--per_device_train_batch_size", 1, "--eval_strategy", "no"]
     command = [sys.executable, "-W", "ignore", "-m", "graphlora.cli", "train", *map(str, words)]
     largest = dict.fromkeys(KINDS, 0)
-    # Products in bfloat16 instructions keep packed copies of some weights in the step, 40 MB here whatever the number of
-    # layers: they belong to the library of products (oneDNN), not to loading.
+    # Where a CPU has bfloat16 instructions the library of products (oneDNN) keeps memory of its own in the step, 43 MB
+    # in the test. That is no copy of the base by loading.
     on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
     log = output.with_suffix(".log")
     with log.open("w") as written:
