@@ -42,7 +42,8 @@ LABELS = {
 MODE_LABELS = {
     "graph": "recorded",
     "compiled": "compiled",
-    "regions": "layers compiled",
+    "compiledgraph": "compiled and recorded",
+    "whole": "compiled whole",
     "liger": "Liger's loss",
     "ligers": "Liger's kernels",
 }

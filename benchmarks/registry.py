@@ -159,32 +159,30 @@ _MODES = Case(
         "length": 512,
         "in_a_row": 2,
         # What is compiled takes half of it.
-        "seconds": 110,
+        "seconds": 160,
         "candidates": [
             "frozen",
             "frozen_compiled",
             "peft_bfloat16_r16",
-            "peft_bfloat16_r16_graph",
             "peft_bfloat16_r16_compiled",
             "peft_bfloat16_r16_ligers",
             "peft_float32_dropout_r16",
-            "peft_float32_dropout_r16_graph",
+            "peft_float32_dropout_r16_compiled",
             "triton_r16",
             "triton_r16_graph",
-            "triton_r16_regions",
+            "triton_r16_compiled",
+            "triton_r16_whole",
             "triton_r16_liger",
             "triton_r16_ligers",
             "triton_dropout_r16",
-            "triton_dropout_r16_graph",
+            "triton_dropout_r16_compiled",
             "triton_r8",
-            "triton_r8_graph",
             "triton_r8_compiled",
-            "triton_r8_ligers",
             "eager_r8",
             "loop_r8",
         ],
     },
-    150,
+    200,
 )
 _STEP_TINY = Case(
     "step",
@@ -199,7 +197,8 @@ _STEP_TINY = Case(
             *_STEP_CANDIDATES,
             "triton_r8_graph",
             "triton_r8_compiled",
-            "triton_r8_regions",
+            "triton_r8_compiledgraph",
+            "triton_r8_whole",
             "triton_r8_liger",
         ],
     },
@@ -241,19 +240,37 @@ def _crossover_case(shape: Shape, batch: int) -> Case:
     return Case("small", f"{shape.name} {batch}x512 crossover", params, 20)
 
 
+def _compiled_crossover_case(shape: Shape, batch: int) -> Case:
+    candidates = ["triton", "triton_graph", "triton_compiled", "triton_compiledgraph"]
+    params = {"shape": shape.name, "batch": batch, "length": 512, "candidates": candidates}
+    return Case("small", f"{shape.name} {batch}x512 compiled", params, 45)
+
+
 _SMALL = (
     _small_case(
         "graphs",
         50,
         ["frozen", "peft", "peft_bfloat16", "peft_graph", "triton", "triton_graph", "torch_graph", "eager"],
     ),
-    _small_case("compiled", 200, ["peft", "peft_compiled", "triton_graph", "triton_compiled"]),
+    _small_case(
+        "compiled",
+        90,
+        [
+            "peft",
+            "peft_bfloat16",
+            "peft_bfloat16_compiledgraph",
+            "triton_graph",
+            "triton_compiled",
+            "triton_compiledgraph",
+        ],
+    ),
     # Where a recorded step stops being faster than its launches, for `graphlora.training.step_mode`.
     *(
         _crossover_case(shape, batch)
         for shape, batches in ((SMOLLM2, (16,)), (SMOLLM2_360M, (8,)), (SMOLLM2_1B7, (4, 8, 16)))
         for batch in batches
     ),
+    *(_compiled_crossover_case(SMOLLM2_1B7, batch) for batch in (8, 16)),
 )
 
 

@@ -89,15 +89,15 @@ class ModelCandidate:
     optimizer: torch.optim.Optimizer | None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def forward_backward(self, ids: Tensor) -> Tensor:
+    def forward_backward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
         """Loss of a batch whose tokens all count, and its gradients."""
         with self.around():
             if self.trained:
-                loss = self.model(input_ids=ids, labels=ids).loss
+                loss = self.model(input_ids=input_ids, labels=input_ids, **inputs).loss
             else:
                 embedding = cast(Any, self.model).get_input_embeddings()
-                hidden = embedding(ids).detach().requires_grad_()
-                loss = self.model(inputs_embeds=hidden, labels=ids).loss
+                hidden = embedding(input_ids).detach().requires_grad_()
+                loss = self.model(inputs_embeds=hidden, labels=input_ids, **inputs).loss
             loss.backward()
         return loss
 

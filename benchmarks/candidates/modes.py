@@ -17,10 +17,12 @@ from benchmarks.failures import NotHere
 from graphlora.benchmark.timing import Call, Stopwatch
 from graphlora.training.captured import CapturedSteps
 from graphlora.training.loss_kernel import fused_loss_options
+from graphlora.tuner.compiled_layers import compile_layers
 
 _ROTARY = "apply_rotary_pos_emb"
 # Endings of a candidate's name.
-MODES = ("graph", "compiled", "regions", "liger", "ligers")
+MODES = ("graph", "compiled", "compiledgraph", "whole", "liger", "ligers")
+_RECORDED = ("graph", "compiledgraph")
 
 
 def split_mode(name: str) -> tuple[str, str | None]:
@@ -29,12 +31,17 @@ def split_mode(name: str) -> tuple[str, str | None]:
     return (source, mode) if mode in MODES else (name, None)
 
 
+def is_recorded(name: str) -> bool:
+    """Whether a candidate's step is recorded as a CUDA graph."""
+    return split_mode(name)[1] in _RECORDED
+
+
 def candidate_in_mode(name: str, base: nn.Module, device: torch.device) -> ModelCandidate:
     """`step_candidate`, its model compiled or with a fused loss where the name's ending says so.
 
-    `compiled` is one program for the whole model; `regions` compiles a decoder layer once for all layers; `liger`
-    takes Liger's loss, which never holds all logits, and `ligers` its norms and rotary embedding as well; `graph`
-    changes nothing here, see `call_in_mode`.
+    `compiled` are layers and loss as `graphlora train` compiles them, `whole` is one program for the model; `liger`
+    takes Liger's loss, which never holds all logits, and `ligers` its norms and rotary embedding as well; for `graph`
+    and the second half of `compiledgraph` see `call_in_mode`.
 
     Raises:
         KeyError: an unknown name.
@@ -42,13 +49,11 @@ def candidate_in_mode(name: str, base: nn.Module, device: torch.device) -> Model
     """
     source, mode = split_mode(name)
     candidate = step_candidate(source, base)
-    if mode == "compiled":
+    if mode in ("compiled", "compiledgraph"):
+        compile_layers(candidate.model, backend=compiler_of(device))
+    elif mode == "whole":
         compiled = torch.compile(candidate.model, dynamic=False, backend=compiler_of(device))
         candidate.model = cast(nn.Module, compiled)
-    elif mode == "regions":
-        from accelerate.utils import compile_regions
-
-        candidate.model = compile_regions(candidate.model, dynamic=False, backend=compiler_of(device))
     elif mode in ("liger", "ligers"):
         _apply_liger(candidate, device, norms=mode == "ligers")
     return candidate
@@ -56,15 +61,16 @@ def candidate_in_mode(name: str, base: nn.Module, device: torch.device) -> Model
 
 def call_in_mode(name: str, candidate: ModelCandidate, ids: Tensor, device: torch.device) -> Call:
     """A step of what `candidate_in_mode` made, as a timed call; the optimizer is outside of the recorded part."""
-    if split_mode(name)[1] != "graph":
+    if not is_recorded(name):
         return candidate.call(ids)
     steps = CapturedSteps(candidate.model, device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # as a collator gives them
 
     def forward_backward(inputs: dict[str, Any]) -> Tensor:
-        return candidate.forward_backward(inputs["input_ids"]).detach()
+        return candidate.forward_backward(**inputs).detach()
 
     def call(watch: Stopwatch) -> None:
-        steps(forward_backward, {"input_ids": ids})
+        steps(forward_backward, inputs)
         watch.lap("forward_backward")
         if candidate.optimizer is not None:
             candidate.optimizer.step()

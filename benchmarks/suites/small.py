@@ -1,4 +1,4 @@
-"""Row 12: a training step of a small model, where launches decide: eager, captured as a CUDA graph, compiled."""
+"""Row 12: a training step of a small model, where launches decide: eager, recorded as a CUDA graph, compiled."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ CANDIDATES = {
     "triton_graph": "triton_r8_graph",
     "torch_graph": "torch_r8_graph",
     "eager": "eager_r8",
-    "peft_compiled": "peft_float32_r8_compiled",
+    "peft_bfloat16_compiledgraph": "peft_bfloat16_r8_compiledgraph",
     "triton_compiled": "triton_r8_compiled",
+    "triton_compiledgraph": "triton_r8_compiledgraph",
 }
 
 

@@ -11,7 +11,7 @@ from benchmarks.candidates.models import (
     random_tokens,
     step_flops,
 )
-from benchmarks.candidates.modes import call_in_mode, candidate_in_mode, split_mode
+from benchmarks.candidates.modes import call_in_mode, candidate_in_mode, is_recorded
 from benchmarks.context import Context
 from benchmarks.failures import failures
 from benchmarks.shapes import SHAPES
@@ -46,7 +46,7 @@ def measure(context: Context) -> None:
         )  # fmt: skip
         context.add(name, "trained", float(sum(p.numel() for p in made[name].trained)), "parameters")
         # What a recorded step takes stays allocated and has no peak.
-        if split_mode(name)[1] != "graph":
+        if not is_recorded(name):
             _measure_peak(context, name, made[name], ids)
 
 

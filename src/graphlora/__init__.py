@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING, Any
 from graphlora.autoregister import register_with_peft
 
 if TYPE_CHECKING:
+    from graphlora.tuner.compiled_layers import compile_layers
     from graphlora.tuner.config import GraphLoraConfig
     from graphlora.tuner.model import GraphLoraModel
 
 __version__ = "0.1.0"
-__all__ = ["GraphLoraConfig", "GraphLoraModel", "__version__"]
+__all__ = ["GraphLoraConfig", "GraphLoraModel", "__version__", "compile_layers"]
 
-_HOMES = {"GraphLoraConfig": "graphlora.tuner.config", "GraphLoraModel": "graphlora.tuner.model"}
+_HOMES = {
+    "GraphLoraConfig": "graphlora.tuner.config",
+    "GraphLoraModel": "graphlora.tuner.model",
+    "compile_layers": "graphlora.tuner.compiled_layers",
+}
 
 register_with_peft()
 

@@ -12,9 +12,10 @@ from graphlora.benchmark import layer
 from graphlora.benchmark.layer import Setting, measure_parts, memory_parts
 from graphlora.benchmark.memory import measure_memory, measure_saved
 from graphlora.benchmark.prediction import measure_whole, predict, put_together
-from graphlora.benchmark.random_model import bypassed, decoder_layers, random_model, twin, with_layers
+from graphlora.benchmark.random_model import bypassed, random_model, twin, with_layers
 from graphlora.benchmark.timing import Stopwatch, interleave
 from graphlora.tuner.auxiliary import auxiliary_loss
+from graphlora.tuner.compiled_layers import decoder_layers
 
 CPU = torch.device("cpu")
 KINDS = {"frozen": None, **ADAPTERS}

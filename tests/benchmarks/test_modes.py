@@ -3,7 +3,7 @@
 import pytest
 import torch
 from benchmarks.candidates.models import model_config, random_tokens
-from benchmarks.candidates.modes import call_in_mode, candidate_in_mode, split_mode
+from benchmarks.candidates.modes import call_in_mode, candidate_in_mode, is_recorded, split_mode
 from benchmarks.failures import NotHere
 from benchmarks.shapes import TINY
 from transformers.models.llama import modeling_llama
@@ -38,7 +38,7 @@ def test_names():
 # Dynamo of torch 2.13 makes an instance of the function it traces, and looks at the gradients of inputs.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("mode", ["compiled", "regions"])
+@pytest.mark.parametrize("mode", ["compiled", "whole"])
 def test_a_mode_gives_the_same_gradients(base, ids, mode):
     torch.manual_seed(0)
     plain = grads(candidate_in_mode("torch_r8", base, CPU), ids)
@@ -48,10 +48,14 @@ def test_a_mode_gives_the_same_gradients(base, ids, mode):
         torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_recorded_step_trains(base, ids):
-    candidate = candidate_in_mode("torch_r8_graph", base, CPU)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", ["torch_r8_graph", "torch_r8_compiledgraph"])
+def test_a_recorded_step_trains(base, ids, name):
+    assert is_recorded(name)
+    candidate = candidate_in_mode(name, base, CPU)
     before = [p.detach().clone() for p in candidate.trained]
-    call_in_mode("torch_r8_graph", candidate, ids, CPU)(Stopwatch(CPU))
+    call_in_mode(name, candidate, ids, CPU)(Stopwatch(CPU))
     assert any(not torch.equal(p, old) for p, old in zip(candidate.trained, before, strict=True))
 
 

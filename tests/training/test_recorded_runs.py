@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from graphlora.errors import GraphLoraError
 from graphlora.training import Recipe, run, train
+from graphlora.training.arguments import training_arguments
 from graphlora.training.interrupts import TrainingInterrupted
 from graphlora.training.trainer import AdapterTrainer
+from graphlora.tuner.compiled_layers import decoder_layers
 
+# PyTorch's own tracer looks at it.
+GRADS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 WEIGHTS = "adapter_model.safetensors"
 GPU_ARGS = {"disable_tqdm": True}
 
@@ -104,15 +109,120 @@ def test_a_bad_loss_stops_a_recorded_run_too(tiny_recipe, monkeypatch, recorded)
         train(Recipe.from_dict(tiny_recipe))
 
 
-def test_compiled_steps_learn_what_eager_ones_learn(tiny_recipe):
-    """With the tracing alone; what a compiler makes of it is its own affair."""
+TRACED = {"torch_compile_backend": "aot_eager"}
+
+
+def compiled(recipe: dict, **options) -> Recipe:
+    """The recipe with compiled steps, by the tracing alone; what a compiler makes of it is its own affair."""
+    arguments = recipe["training_args"] | TRACED
+    return Recipe.from_dict(recipe | {"step_mode": "compile", "training_args": arguments} | options)
+
+
+@GRADS
+@pytest.mark.parametrize("mode", ["compile", "compiled_graph"])
+def test_compiled_steps_learn_what_eager_ones_learn(tiny_recipe, monkeypatch, mode):
     options = tiny_recipe | {"lora_dropout": 0.0, "max_steps": 3, "eval_strategy": "no"}
     eager = train(Recipe.from_dict(options))
-    arguments = options["training_args"] | {"torch_compile_backend": "aot_eager"}
-    recipe = Recipe.from_dict(options | {"step_mode": "compile", "training_args": arguments})
-    result = train(recipe, overwrite=True)
-    assert result.metrics["step_mode"] == "compile"
+    monkeypatch.setattr(run, "resolve_step_mode", lambda *_: mode)
+    result = train(compiled(options), overwrite=True)
+    assert result.metrics["step_mode"] == mode
     assert result.metrics["train_loss"] == pytest.approx(eager.metrics["train_loss"], rel=1e-4)
+    layers = decoder_layers(result.model)
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+@GRADS
+def test_a_compiled_run_is_validated_and_resumed(tiny_recipe, tmp_path, monkeypatch):
+    """Validation runs uncompiled; what is compiled anew after an interruption computes the same."""
+    graphs, original = [], AdapterTrainer.evaluation_loop
+
+    def evaluation_loop(self, *args, **kwargs):
+        before = counters["stats"]["unique_graphs"]
+        result = original(self, *args, **kwargs)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        return result
+
+    monkeypatch.setattr(AdapterTrainer, "evaluation_loop", evaluation_loop)
+    options = tiny_recipe | {"eval_steps": 2, "load_best_model_at_end": False, "save_total_limit": None}
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    train(compiled(options, max_steps=4, output_dir=whole))
+    recipe = compiled(options, max_steps=4, output_dir=parts)
+    step, sent = AdapterTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 1 and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", training_step)
+        with pytest.raises(TrainingInterrupted, match="--resume"):
+            train(recipe)
+    train(recipe, resume=True)
+    assert_equal_files(Path(whole), Path(parts))
+    assert len(graphs) >= 4
+    assert set(graphs) == {0}
+
+
+@GRADS
+def test_a_bad_weight_in_a_compiled_run_is_found(tiny_recipe, monkeypatch):
+    original = AdapterTrainer.training_step
+
+    def training_step(self, model, *args, **kwargs):
+        if self.state.global_step == 2:
+            layer = decoder_layers(self.accelerator.unwrap_model(model))[1]
+            layer.input_layernorm.weight.data[0] = float("nan")
+        return original(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", training_step)
+    with pytest.raises(GraphLoraError, match=r"layers\.1\.input_layernorm, whose weights are not finite"):
+        train(compiled(tiny_recipe, eval_strategy="no", load_best_model_at_end=False))
+
+
+def _no_compiler(graph, inputs):
+    raise RuntimeError("Failed to find C compiler\nsomewhere")
+
+
+def test_a_compiler_that_is_missing_ends_a_run_that_wants_it_and_no_other(tiny_recipe, monkeypatch, capsys):
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(_no_compiler, name="no_compiler")
+    monkeypatch.setitem(TRACED, "torch_compile_backend", "no_compiler")
+    options = tiny_recipe | {"max_steps": 2, "eval_strategy": "no"}
+    with pytest.raises(
+        GraphLoraError, match=r"step cannot be compiled \(RuntimeError: Failed to find C compiler\); set"
+    ):
+        train(compiled(options))
+    monkeypatch.setattr(run, "resolve_step_mode", lambda *_: "compile")
+    result = train(compiled(options, step_mode="auto"), overwrite=True)
+    assert result.metrics["steps"] == 2
+    assert capsys.readouterr().err.count("torch.compile failed") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"torch_compile_backend": "inducter"},
+            "refuses training_args.torch_compile_backend inducter: Invalid backend",
+        ),
+        (
+            {"torch_compile_mode": "fastest"},
+            "refuses training_args.torch_compile_mode fastest: Unrecognized mode",
+        ),
+    ],
+)
+def test_a_compiler_that_does_not_exist_is_refused(tiny_recipe, options, reason):
+    recipe = Recipe.from_dict(tiny_recipe | {"step_mode": "compile", "training_args": options})
+    with pytest.raises(GraphLoraError, match=reason):
+        train(recipe)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_options_of_a_compiler_that_does_not_run_are_refused(tiny_recipe, mode):
+    recipe = Recipe.from_dict(tiny_recipe | {"step_mode": mode, "training_args": TRACED})
+    with pytest.raises(GraphLoraError, match=rf"step_mode {mode} compiles nothing; set step_mode to compile"):
+        training_arguments(recipe, torch.float32)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

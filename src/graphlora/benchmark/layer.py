@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from graphlora.benchmark.memory import measure_memory
-from graphlora.benchmark.random_model import bypassed, decoder_layers, random_model, with_layers
+from graphlora.benchmark.random_model import bypassed, random_model, with_layers
 from graphlora.benchmark.timing import FULL, Call, Stopwatch, interleave, release
 from graphlora.tuner.auxiliary import auxiliary_loss
+from graphlora.tuner.compiled_layers import decoder_layers
 from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.model import GraphLoraModel
 from graphlora.tuner.tuner_layer import RoutedLayer

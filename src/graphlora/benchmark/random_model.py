@@ -56,18 +56,6 @@ def wake(model: nn.Module, seed: int = 0, scale: float = 0.02) -> None:
                 parameter.copy_(noise.bfloat16())
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the longest list of modules of one class.
-
-    Raises:
-        GraphLoraError: there is none.
-    """
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    if not stacks:
-        raise GraphLoraError(f"{type(model).__name__} has no list of decoder layers")
-    return max(stacks, key=lambda stack: (len(stack), sum(p.numel() for p in stack.parameters())))
-
-
 def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     """The same architecture with another number of layers.
 

@@ -278,10 +278,7 @@ def _adapter_config(model: PeftModel) -> dict[str, Any]:
 
 def _is_reusable(recipe: Recipe, result: TrainResult) -> bool:
     """Whether training leaves nothing on the base model: these options patch or wrap it."""
-    patched = (
-        result.metrics.get("loss_kernel", "none") != "none" or result.metrics.get("step_mode") == "compile"
-    )
-    return not patched and not recipe.gradient_checkpointing
+    return result.metrics.get("loss_kernel", "none") == "none" and not recipe.gradient_checkpointing
 
 
 def _keep(output: Path, keep: Path) -> None:

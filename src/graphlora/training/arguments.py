@@ -49,17 +49,18 @@ REFUSED = {
     "torch_compile": "use --step_mode compile",
     "use_liger_kernel": "use --loss_kernel liger",
 }
+# Arguments of the compiler, by transformers' names and by those of `torch.compile`.
+COMPILER = {"torch_compile_backend": "backend", "torch_compile_mode": "mode"}
 
 
 def training_arguments(
-    recipe: Recipe, base_dtype: torch.dtype, *, compiles: bool = False, liger: dict[str, bool] | None = None
+    recipe: Recipe, base_dtype: torch.dtype, *, liger: dict[str, bool] | None = None
 ) -> TrainingArguments:
     """Arguments of the `Trainer`.
 
     Args:
         recipe: The run; `metric_for_best_model` is resolved.
         base_dtype: Dtype of the frozen base, which decides `bf16` where the recipe leaves it open.
-        compiles: Whether to compile the model, once for each shape of a batch.
         liger: Kernels of Liger to use.
 
     Raises:
@@ -72,7 +73,6 @@ def training_arguments(
         "warmup_steps": recipe.warmup_steps or recipe.warmup_ratio,
         "bf16": _autocasts(recipe, base_dtype),
         "optim": _optimizer(recipe),
-        "torch_compile": compiles,
         "use_liger_kernel": liger is not None,
         "liger_kernel_config": liger,
         "save_strategy": "epoch" if recipe.eval_strategy == "epoch" else "steps",
@@ -144,7 +144,29 @@ def _checked(recipe: Recipe) -> dict[str, Any]:
             raise GraphLoraError(f"training_args.{name}: {name} is an option of its own; give --{name}")
         if name not in known:
             raise GraphLoraError(f"training_args.{name} is unknown to transformers{suggestion(name, known)}")
-    return dict(recipe.training_args)
+        if name in COMPILER and recipe.step_mode in ("eager", "graph"):
+            raise GraphLoraError(
+                f"training_args.{name} is {value}, but step_mode {recipe.step_mode} compiles nothing; set step_mode to "
+                "compile"
+            )
+    return {name: value for name, value in recipe.training_args.items() if name not in COMPILER}
+
+
+def compiler_options(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe asks of `torch.compile`, by its own names.
+
+    Raises:
+        GraphLoraError: It knows no such backend or mode.
+    """
+    given = recipe.training_args
+    options = {own: given[name] for name, own in COMPILER.items() if given.get(name) is not None}
+    try:
+        torch.compile(lambda x: x, **options)
+    except RuntimeError as error:
+        names = ", ".join(f"{name} {given[name]}" for name in COMPILER if name in given)
+        reason = " ".join(str(error).split())
+        raise GraphLoraError(f"torch.compile refuses training_args.{names}: {reason}") from error
+    return options
 
 
 def checkpoint_bytes(num_trained: int, optimizer_state: int = 2) -> int:

@@ -181,9 +181,10 @@ class CapturedSteps:
     def _recording(self, step: Step, inputs: dict[str, Any]) -> _Recorded:
         static = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
         with self._without_a_trace():
+            warm_up = _as_recorded(static)
             for _ in range(NUM_WARM_UPS):
                 self.zero_grad()
-                self._on_side_stream(lambda: step(static))
+                self._on_side_stream(lambda: step(warm_up))
             trained = [parameter for parameter in self.parameters if parameter.grad is not None]
             self.zero_grad()
             self._attach(trained)
@@ -244,6 +245,20 @@ def _begin_step_of(model: nn.Module) -> Callable[[], None]:
     """What an adapter does on the host once per optimizer step, outside of the recorded part."""
     begin = getattr(getattr(model, "base_model", None), "begin_step", None)
     return begin if begin is not None else lambda: None
+
+
+def _as_recorded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs with which a step does on the host what it does while it is recorded.
+
+    transformers leaves the mask of a batch without padding away where it may look at it, which it may not while it is
+    recorded; what compilers make of the two is different, and they cannot make it then.
+    """
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return inputs
+    padded = mask.clone()
+    padded[0, -1] = 0
+    return inputs | {"attention_mask": padded}
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -47,7 +47,8 @@ def find_origin(model: nn.Module, num_rows: int, run: Callable[[], Tensor]) -> O
         `None` where everything is finite.
     """
     found: list[Origin] = []
-    with _watched(model, num_rows, found):
+    # Within compiled layers no module would be seen.
+    with torch.compiler.set_stance("force_eager"), _watched(model, num_rows, found):
         loss = run()
         if not found and not _is_finite(loss):
             found.append(Origin("the loss itself, of finite logits", [], LAST))

@@ -120,10 +120,11 @@ def _remedies(facts: Facts, run: Run) -> list[tuple[str, dict[str, Any]]]:
             f"{parts * rows // (rows // 2)}"
         )
         found.append((text, {"rows": rows // 2}))
-    if recipe.step_mode == "graph":
+    records = recipe.step_mode in ("graph", "compiled_graph")
+    if records:
         found.append(("step_mode to eager", {}))
     on_gpu = facts.device is not None and facts.device.type == "cuda"
-    if on_gpu and recipe.loss_kernel != "liger" and recipe.step_mode != "graph":
+    if on_gpu and recipe.loss_kernel != "liger" and not records:
         found.append(("loss_kernel to liger", {"fused_loss": True}))
     if recipe.method == "graphlora" and not recipe.recompute_gate_up and not recipe.gradient_checkpointing:
         found.append(("recompute_gate_up to true", {"recompute_gate_up": True}))

@@ -91,7 +91,7 @@ def check_launch(recipe: Recipe) -> None:
             "fsdp_activation_checkpointing is on in the config of accelerate; turn it off there and set "
             "gradient_checkpointing to true in the recipe"
         )
-    if recipe.step_mode in ("graph", "compile"):
+    if recipe.step_mode not in ("auto", "eager"):
         raise GraphLoraError(
             f"step_mode is {recipe.step_mode}, which needs all weights in place, but FSDP gathers them layer by layer; "
             "set step_mode to eager"

@@ -53,7 +53,7 @@ from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
 from graphlora.training.run_data import RunData, chosen_metric
-from graphlora.training.step_mode import resolve_step_mode
+from graphlora.training.step_mode import resolve_step_mode, work_of
 from graphlora.training.streaming import BadRow, TokenStream
 from graphlora.training.trainer import AdapterTrainer
 from graphlora.training.trainer_setup import make_trainer
@@ -133,7 +133,7 @@ def _train(
     facts.recipe, facts.config, facts.device, facts.dtype = recipe, base.config, device, dtype
     data = workbench.data(recipe, tokenizer)
     facts.rows = getattr(data.train, "rows", None)
-    mode = resolve_step_mode(recipe, base, device, data.train.longest)
+    mode = resolve_step_mode(recipe, base, device, work_of(recipe, data.train))
     liger = liger_options(recipe, base.config.model_type, device, mode)
     recipe = recipe.changed(metric_for_best_model=chosen_metric(recipe, data))
     set_seed(recipe.seed)

@@ -1,17 +1,24 @@
-"""How training steps run: kernel by kernel, compiled, or recorded as CUDA graphs."""
+"""How training steps run: kernel by kernel, compiled, recorded as CUDA graphs, or both."""
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from graphlora.errors import GraphLoraError
+from graphlora.training.bucketing import bucket_length
+from graphlora.training.data import Encoded
 from graphlora.training.recipe import Recipe
+from graphlora.training.streaming import TokenStream
 
-StepMode = Literal["eager", "compile", "graph"]
+StepMode = Literal["eager", "compile", "graph", "compiled_graph"]
+RECORDED: tuple[StepMode, ...] = ("graph", "compiled_graph")
+COMPILED: tuple[StepMode, ...] = ("compile", "compiled_graph")
 
 # Work of a forward and backward, in parameters times tokens, up to which launches rather than arithmetic take the time.
 # On an H200 a recorded step takes 60 ms instead of 157 at 3.5e12, 104 instead of 163 at 7e12, and as long at 14e12.
@@ -19,41 +26,107 @@ GRAPH_MAX_WORK = 8e12
 # A recorded step holds its activations for good, so a large model keeps the eager step's freedom.
 GRAPH_MAX_PARAMETERS = 4e9
 RECORDABLE_ATTENTION = ("sdpa", "eager")
+# What compiling spares a forward and backward, in seconds and in seconds per parameter times token, and what it takes
+# per shape, a little less and a little more than on an H200: 8.6, 28 and 21 ms at 2.8e11, 7e12 and 1.2e13; 8 to 14 s.
+SPARED_SECONDS, SPARED_PER_WORK = 6e-3, 1.2e-15
+COMPILING_SECONDS = 12.0
+# `auto` compiles where that spares so many times what it takes.
+WORTH = 2.0
+SHAPES_OF_PACKED_BATCHES = 4
 
 
-def choose_step_mode(num_parameters: int, tokens_per_batch: int, device: torch.device) -> StepMode:
+@dataclass(frozen=True)
+class Work:
+    """What a process has to do.
+
+    Attributes:
+        longest: Tokens of the longest row.
+        tokens: Tokens of a batch of one forward, on average.
+        batches: Number of batches; `None` where it is not known.
+        shapes: Lengths that batches are padded to.
+    """
+
+    longest: int
+    tokens: float
+    batches: int | None
+    shapes: int
+
+
+def work_of(recipe: Recipe, train: Encoded | TokenStream) -> Work:
+    """The work of each process of a run.
+
+    Args:
+        recipe: The run.
+        train: Rows to train on; of a stream, rows are taken to have half of the length that they may have.
+    """
+    size = recipe.per_device_train_batch_size
+    rows = train.rows if isinstance(train, Encoded) else None
+    lengths = range(1, train.longest + 1) if rows is None else [len(row["input_ids"]) for row in rows]
+    mean = sum(lengths) / max(1, len(lengths))
+    shapes = len({bucket_length(max(1, length), recipe.max_length) for length in lengths})
+    batches = None
+    if recipe.max_steps > 0:
+        batches = recipe.max_steps * recipe.gradient_accumulation_steps
+    elif rows is not None:
+        batches = math.ceil(recipe.num_train_epochs * len(rows) / (size * _num_processes()))
+    return Work(train.longest, size * mean, batches, SHAPES_OF_PACKED_BATCHES if recipe.packing else shapes)
+
+
+def choose_step_mode(num_parameters: int, batch_size: int, work: Work, device: torch.device) -> StepMode:
     """The mode that `auto` takes.
 
     Args:
         num_parameters: Parameters of the model.
-        tokens_per_batch: Most tokens of one forward, padding included.
+        batch_size: Rows of a batch.
+        work: What there is to do.
         device: Where it runs.
     """
-    if device.type != "cuda" or num_parameters > GRAPH_MAX_PARAMETERS:
+    if device.type != "cuda":
         return "eager"
-    return "graph" if num_parameters * tokens_per_batch <= GRAPH_MAX_WORK else "eager"
+    compiles = compiling_pays(num_parameters, work)
+    largest = num_parameters * batch_size * work.longest
+    if num_parameters <= GRAPH_MAX_PARAMETERS and largest <= GRAPH_MAX_WORK:
+        return "compiled_graph" if compiles else "graph"
+    return "compile" if compiles else "eager"
 
 
-def resolve_step_mode(recipe: Recipe, model: PreTrainedModel, device: torch.device, longest: int) -> StepMode:
+def compiling_pays(num_parameters: int, work: Work) -> bool:
+    """Whether a run is long enough to compile its steps.
+
+    Args:
+        num_parameters: Parameters of the model.
+        work: What there is to do.
+    """
+    if work.batches is None:
+        return False
+    spared = work.batches * (SPARED_SECONDS + SPARED_PER_WORK * num_parameters * work.tokens)
+    return spared >= WORTH * COMPILING_SECONDS * work.shapes
+
+
+def resolve_step_mode(recipe: Recipe, model: PreTrainedModel, device: torch.device, work: Work) -> StepMode:
     """The mode of a run.
 
     Args:
         recipe: The run.
         model: The base model.
         device: Where it runs.
-        longest: Tokens of the longest row.
+        work: What there is to do.
 
     Raises:
         GraphLoraError: The recipe wants steps recorded that cannot be.
     """
     reason = why_not_recorded(recipe, model, device)
-    if recipe.step_mode == "graph" and reason is not None:
-        raise GraphLoraError(f"step_mode is graph, but {reason}; set step_mode to auto or eager")
+    if recipe.step_mode in RECORDED and reason is not None:
+        raise GraphLoraError(f"step_mode is {recipe.step_mode}, but {reason}; set step_mode to auto or eager")
     if recipe.step_mode != "auto":
         return recipe.step_mode
     if reason is not None or recipe.loss_kernel == "liger" or getattr(model, "is_quantized", False):
         return "eager"
-    return choose_step_mode(model.num_parameters(), recipe.per_device_train_batch_size * longest, device)
+    chosen = choose_step_mode(model.num_parameters(), recipe.per_device_train_batch_size, work, device)
+    if recipe.deterministic:
+        # A compiler may choose between kernels by timing them.
+        return "graph" if chosen in RECORDED else "eager"
+    return chosen
 
 
 def why_not_recorded(recipe: Recipe, model: PreTrainedModel, device: torch.device) -> str | None:
@@ -63,7 +136,7 @@ def why_not_recorded(recipe: Recipe, model: PreTrainedModel, device: torch.devic
     sliding = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
     reasons = {
         f"CUDA graphs need an NVIDIA GPU, not {device.type}": device.type != "cuda",
-        "several processes train together": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        "several processes train together": _num_processes() > 1,
         "one process uses several GPUs (start one process for each)": torch.cuda.device_count() > 1,
         "the model is spread over several devices": len(set(getattr(model, "hf_device_map", {}).values()))
         > 1,
@@ -77,8 +150,5 @@ def why_not_recorded(recipe: Recipe, model: PreTrainedModel, device: torch.devic
     return next((text for text, holds in reasons.items() if holds), None)
 
 
-def allow_shapes(count: int) -> None:
-    """Let `torch.compile` keep code for that many shapes of a batch, in training and in validation."""
-    import torch._dynamo
-
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 2 * count)
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

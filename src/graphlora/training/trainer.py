@@ -6,7 +6,9 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import rotate_checkpoints
 
+from graphlora.errors import GraphLoraError
 from graphlora.evaluation.encoding import Scoring
 from graphlora.evaluation.multiple_choice import score_examples, summarize
 from graphlora.tasks.example import Example
@@ -38,6 +41,7 @@ from graphlora.training.checkpoints import (
 from graphlora.training.nonfinite import NonFiniteError
 from graphlora.training.resumed_trainer import ResumedTrainer
 from graphlora.training.streaming import StreamLoader, write_place
+from graphlora.tuner.compiled_layers import compile_layers, compiler_errors, reason_of
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
@@ -107,6 +111,8 @@ class AdapterTrainer(ResumedTrainer):
         keep_checkpoints: int | None = None,
         truncate: bool = False,
         records_steps: Literal["no", "yes", "if_possible"] = "no",
+        compiles_steps: Literal["no", "yes", "if_possible"] = "no",
+        compiler: dict[str, Any] | None = None,
         stream: StreamLoader | None = None,
         **kwargs: Any,
     ) -> None:
@@ -121,6 +127,9 @@ class AdapterTrainer(ResumedTrainer):
             truncate: Cut the beginnings of validation prompts that do not fit the model's window.
             records_steps: Record forward and backward once per input shape and replay them (`CapturedSteps`);
                 `"if_possible"` goes on eagerly where recording fails.
+            compiles_steps: Compile decoder layers and loss (`compile_layers`) while training; `"if_possible"` goes on
+                uncompiled where that fails.
+            compiler: Options of `compile_layers`.
             stream: Batches that are read while training, in place of a loader of `train_dataset`.
             kwargs: Arguments of `GuardedTrainer` and `Trainer`.
         """
@@ -133,7 +142,8 @@ class AdapterTrainer(ResumedTrainer):
         self.seconds_aside = 0.0
         self.tokens_seen: Tensor | int = 0
         self._staging: Path | None = None
-        self._records_steps = records_steps
+        self._records_steps, self._compiles_steps = records_steps, compiles_steps
+        self._compiler = compiler or {}
         self._captured: CapturedSteps | None = None
         self._num_parameters: int | None = None
         super().__init__(*args, **kwargs)
@@ -151,10 +161,15 @@ class AdapterTrainer(ResumedTrainer):
         self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
         self.begin_guarded(num_items_in_batch)
         given = dict(inputs)
-        if self._records_steps == "no":
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            loss = self._recorded_step(model, inputs, num_items_in_batch)
+        try:
+            if self._records_steps == "no":
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            else:
+                loss = self._recorded_step(model, inputs, num_items_in_batch)
+        except compiler_errors() as error:
+            raise GraphLoraError(
+                f"the training step cannot be compiled ({reason_of(error)}); set step_mode to eager"
+            ) from error
         return self.end_guarded(given, loss)
 
     def _recorded_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
@@ -164,7 +179,7 @@ class AdapterTrainer(ResumedTrainer):
                 self.accelerator.unwrap_model(model),
                 device=self.args.device,
                 must_record=self._records_steps == "yes",
-                tell=lambda line: tqdm.write(line, file=sys.stderr),
+                tell=_tell,
             )
             # Looking through the modules of a small model takes longer than its step.
             model.zero_grad = self._captured.zero_grad
@@ -178,13 +193,26 @@ class AdapterTrainer(ResumedTrainer):
         return self._captured(step, {**inputs, NUM_ITEMS: num_items_in_batch}, variant)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; recorded steps and their memory are let go at the end."""
+        """Train; compiled layers, recorded steps and their memory are let go at the end."""
         try:
-            return super().train(*args, **kwargs)
+            with self._compiled_layers():
+                return super().train(*args, **kwargs)
         finally:
             self._captured = None
             self.close_guard()
             vars(self.model_wrapped).pop("zero_grad", None)
+
+    @contextmanager
+    def _compiled_layers(self) -> Iterator[None]:
+        if self._compiles_steps == "no":
+            yield
+            return
+        tell = _tell if self._compiles_steps == "if_possible" else None
+        with warnings.catch_warnings():
+            # Advice that a run in bfloat16 gets as well.
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+            with compile_layers(self.accelerator.unwrap_model(self.model), tell=tell, **self._compiler):
+                yield
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self._captured is None:
@@ -386,3 +414,8 @@ class AdapterTrainer(ResumedTrainer):
                 group["initial_lr"], group["lr"] = rate, rate * shape(step)
             scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         return None
+
+
+def _tell(line: str) -> None:
+    """Writes a line above the progress bar."""
+    tqdm.write(line, file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -13,14 +13,13 @@ from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
-from graphlora.training.arguments import training_arguments
+from graphlora.training.arguments import compiler_options, training_arguments
 from graphlora.training.bucketing import Bucketed, bucket_positions
 from graphlora.training.callbacks import Progress, StreamEpochs
-from graphlora.training.captured import MAX_GRAPHS
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
 from graphlora.training.recipe import Recipe
 from graphlora.training.run_data import RunData
-from graphlora.training.step_mode import StepMode, allow_shapes
+from graphlora.training.step_mode import COMPILED, RECORDED, StepMode
 from graphlora.training.stream_setup import stream_loader
 from graphlora.training.streaming import TokenStream
 from graphlora.training.trainer import AdapterTrainer
@@ -55,9 +54,7 @@ def make_trainer(
         raise GraphLoraError(
             "report_to is tensorboard, which is not installed; pip install tensorboard, or set report_to to none"
         )
-    arguments = training_arguments(recipe, dtype, compiles=mode == "compile", liger=liger)
-    if mode == "compile":
-        allow_shapes(MAX_GRAPHS)
+    arguments = training_arguments(recipe, dtype, liger=liger)
     collate = collator(recipe, model, tokenizer, bucketed=mode != "eager")
     stream = None
     if isinstance(data.train, TokenStream):
@@ -79,11 +76,9 @@ def make_trainer(
             skips_nonfinite=recipe.on_nonfinite == "skip",
             max_skipped_steps=recipe.max_skipped_steps,
             row_names=getattr(data.train, "names", ()),
-            records_steps="no"
-            if mode != "graph"
-            else "yes"
-            if recipe.step_mode == "graph"
-            else "if_possible",
+            records_steps=_how(recipe, mode, RECORDED),
+            compiles_steps=_how(recipe, mode, COMPILED),
+            compiler=compiler_options(recipe),
         )
     except GraphLoraError:
         raise
@@ -97,6 +92,13 @@ def make_trainer(
     if recipe.early_stopping_patience is not None:
         trainer.stop_early(recipe.early_stopping_patience, recipe.early_stopping_threshold)
     return trainer
+
+
+def _how(recipe: Recipe, mode: StepMode, modes: tuple[StepMode, ...]) -> Literal["no", "yes", "if_possible"]:
+    """Whether steps are treated as the modes do it, and must be because the recipe says so."""
+    if mode not in modes:
+        return "no"
+    return "if_possible" if recipe.step_mode == "auto" else "yes"
 
 
 def collator(

@@ -1,0 +1,145 @@
+"""`torch.compile` by decoder layer: once per shape, however many layers there are, where gradients are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphlora.errors import GraphLoraError
+
+NUM_ITEMS = "num_items_in_batch"
+# Versions of a layer's code that PyTorch may keep, after which it runs further ones uncompiled: per shape of a batch
+# one for the first layer, whose input may want no gradient, and one for the others, each with a mask and without.
+VERSIONS_PER_SHAPE = 4
+MAX_SHAPES = 32
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers: the longest list of modules of one class.
+
+    Raises:
+        GraphLoraError: There is none.
+    """
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    if not stacks:
+        raise GraphLoraError(f"{type(model).__name__} has no list of decoder layers")
+    return max(stacks, key=lambda stack: (len(stack), sum(p.numel() for p in stack.parameters())))
+
+
+def compile_layers(
+    model: nn.Module, *, tell: Callable[[str], None] | None = None, **options: Any
+) -> CompiledLayers:
+    """Compile the decoder layers and the loss of a model, in place, for training.
+
+    All layers share what is compiled, so that a model of 80 layers is ready as soon as one of 8. Where no gradient is
+    computed (validation, generation) nothing is compiled. Each shape of a batch is compiled anew: give few. Forwards
+    make no key-value cache unless they are asked to, of which each layer would want code of its own.
+
+    Args:
+        model: A transformers model, adapted or not, whose layers were not compiled yet.
+        tell: Where the compiler fails on a forward, called with one line that says why, and training goes on
+            uncompiled; left out: it raises what the compiler raised.
+        options: Options of `torch.compile`, as `backend` or `mode`.
+
+    Returns:
+        A handle whose `undo` makes the model as it was.
+
+    Raises:
+        GraphLoraError: The model has no list of decoder layers.
+    """
+    return CompiledLayers(model, tell, options)
+
+
+class CompiledLayers:
+    """What `compile_layers` did to a model; as a context manager it is undone at the end."""
+
+    def __init__(self, model: nn.Module, tell: Callable[[str], None] | None, options: dict[str, Any]) -> None:
+        """Compile, see `compile_layers`."""
+        self._tell, self.failed = tell, False
+        self._layers = list(decoder_layers(model))
+        self._before = [layer.__dict__.get("forward") for layer in self._layers]
+        _allow_versions(VERSIONS_PER_SHAPE * MAX_SHAPES)
+        for layer in self._layers:
+            layer.__dict__["forward"] = self._or_eager(layer.forward, options)
+        whole: Any = model
+        self._base: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        config = getattr(self._base, "config", None)
+        self._config: Any = None if config is None else config.get_text_config()
+        self._use_cache = getattr(self._config, "use_cache", None)
+        if self._use_cache:
+            self._config.use_cache = False
+        self._loss = getattr(self._base, "loss_function", None)
+        if self._loss is not None:
+            compiled = self._or_eager(self._loss, options)
+            self._base.loss_function = lambda *args, **kwargs: compiled(*args, **_on_device(args, kwargs))
+
+    def undo(self) -> None:
+        """Make the model as it was."""
+        for layer, forward in zip(self._layers, self._before, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.__dict__["forward"] = forward
+        self._layers, self._before = [], []
+        if self._use_cache:
+            self._config.use_cache, self._use_cache = True, None
+        if self._loss is not None:
+            self._base.loss_function, self._loss = self._loss, None
+
+    def __enter__(self) -> CompiledLayers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def _or_eager(self, function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+        compiled = torch.compile(function, dynamic=False, **options)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.failed or not torch.is_grad_enabled():
+                return function(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except compiler_errors() as error:
+                if self._tell is None:
+                    raise
+                # A compiler fails before anything is computed, so that the call can be made anew.
+                self.failed = True
+                self._tell(f"torch.compile failed ({reason_of(error)}); going on without")
+                return function(*args, **kwargs)
+
+        return run
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What `torch.compile` raises where it fails."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
+def reason_of(error: Exception) -> str:
+    """What a compiler's error says first, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith("raised:"):
+        lines = lines[1:]
+    return lines[0] if lines else type(error).__name__
+
+
+def _allow_versions(count: int) -> None:
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, count)
+
+
+def _on_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a loss, its number of labels as a tensor: for each other integer it would be compiled anew."""
+    count = kwargs.get(NUM_ITEMS)
+    if isinstance(count, int):
+        device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        kwargs = kwargs | {NUM_ITEMS: torch.tensor(count, device=device)}
+    return kwargs
