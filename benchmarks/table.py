@@ -123,9 +123,11 @@ def target_table(measurements: Sequence[Measurement]) -> str:
 def step_table(measurements: Sequence[Measurement]) -> str:
     """Every whole-step case: milliseconds, peak GiB, tokens per second, MFU, and the time relative to frozen."""
     parts = []
+    fastest = _fastest_product(measurements)
     for (suite, case), group in sorted(latest_attempts(measurements).items()):
         if suite != "step":
             continue
+        flops = {m.candidate: m.extra["flops"] for m in group if m.phase == "mfu" and m.status == OK}
         lines = [
             f"**{case}**", "",
             "| candidate | ms per step | / frozen | peak GiB | tokens/s | MFU | trained |",
@@ -144,12 +146,21 @@ def step_table(measurements: Sequence[Measurement]) -> str:
                 m.candidate, f"{m.value:.1f}", f"{m.value / frozen:.2f}" if frozen else "-",
                 f"{peak / 2**30:.1f}" if peak else "-",
                 f"{values.get((m.candidate, 'tokens_per_second'), 0):,.0f}",
-                f"{values.get((m.candidate, 'mfu'), 0):.1%}",
+                f"{flops.get(m.candidate, 0) / (m.value / 1e3) / fastest:.1%}" if fastest else "-",
                 f"{values.get((m.candidate, 'trained'), 0) / 1e6:.1f} M",
             )  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or "No whole step has been measured."
+
+
+def _fastest_product(measurements: Sequence[Measurement]) -> float:
+    """FLOP/s of the fastest product of any run of whole steps.
+
+    Each case measures it behind its steps, where the GPU may have slowed down: no MFU should gain by that.
+    """
+    found = (m.extra.get("peak_flops", 0.0) for m in measurements if m.suite == "step" and m.phase == "mfu")
+    return max(found, default=0.0)
 
 
 def matrix_table(measurements: Sequence[Measurement]) -> str:

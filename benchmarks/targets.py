@@ -279,6 +279,17 @@ TARGETS: tuple[Target, ...] = (
         0.33,
         0.15,
     ),
+    Target(
+        "12",
+        "the same, recorded from compiled layers, as in long runs",
+        "small",
+        r"smollm2-135m .* compiled",
+        "triton_compiledgraph",
+        "peft",
+        "full",
+        0.33,
+        0.15,
+    ),
 )
 
 

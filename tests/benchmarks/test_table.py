@@ -9,7 +9,7 @@ import pytest
 from benchmarks.__main__ import chosen_cases, main
 from benchmarks.measurement import Measurement, append, latest_attempts, read
 from benchmarks.registry import SUITES
-from benchmarks.table import target_table, verdicts
+from benchmarks.table import step_table, target_table, verdicts
 from benchmarks.targets import TARGETS
 
 from benchmarks import page, runner
@@ -152,6 +152,19 @@ def test_figures_and_page_come_from_the_data(tmp_path):
     again = text
     page.update_page(read([tmp_path / "data"]), docs / "performance.md")
     assert (docs / "performance.md").read_text() == again
+
+
+def test_an_mfu_does_not_gain_from_a_gpu_that_had_slowed_down():
+    """The peak is the fastest product of all cases, not the one behind the case's own steps."""
+
+    def case(name: str, peak: float) -> list[Measurement]:
+        share = Measurement(
+            "step", name, "frozen", "mfu", value=9.9, extra={"flops": 3e12, "peak_flops": peak}
+        )
+        return [Measurement("step", name, "frozen", "full", value=10.0), share]
+
+    text = step_table(case("cold", 6e14) + case("hot", 4e14))
+    assert text.count("| 50.0% |") == 2
 
 
 def test_every_candidate_of_a_step_has_a_label_of_its_own_in_the_picture():

@@ -22,12 +22,13 @@ COMPILED: tuple[StepMode, ...] = ("compile", "compiled_graph")
 
 # Work of a forward and backward, in parameters times tokens, up to which launches rather than arithmetic take the time.
 # On an H200 a recorded step takes 60 ms instead of 157 at 3.5e12, 104 instead of 163 at 7e12, and as long at 14e12.
-GRAPH_MAX_WORK = 8e12
+# What is compiled computes faster but takes as many launches: 73 instead of 161 ms at 7e12, 141 and 161 at 14e12.
+GRAPH_MAX_WORK, GRAPH_MAX_COMPILED_WORK = 8e12, 16e12
 # A recorded step holds its activations for good, so a large model keeps the eager step's freedom.
 GRAPH_MAX_PARAMETERS = 4e9
 RECORDABLE_ATTENTION = ("sdpa", "eager")
 # What compiling spares a forward and backward, in seconds and in seconds per parameter times token, and what it takes
-# per shape, a little less and a little more than on an H200: 8.6, 28 and 21 ms at 2.8e11, 7e12 and 1.2e13; 8 to 14 s.
+# per shape, a little less and a little more than on an H200: 8.6, 29 and 20 ms at 2.8e11, 7e12 and 1.2e13; 8 to 14 s.
 SPARED_SECONDS, SPARED_PER_WORK = 6e-3, 1.2e-15
 COMPILING_SECONDS = 12.0
 # `auto` compiles where that spares so many times what it takes.
@@ -85,9 +86,10 @@ def choose_step_mode(num_parameters: int, batch_size: int, work: Work, device: t
         return "eager"
     compiles = compiling_pays(num_parameters, work)
     largest = num_parameters * batch_size * work.longest
-    if num_parameters <= GRAPH_MAX_PARAMETERS and largest <= GRAPH_MAX_WORK:
-        return "compiled_graph" if compiles else "graph"
-    return "compile" if compiles else "eager"
+    small = num_parameters <= GRAPH_MAX_PARAMETERS
+    if compiles:
+        return "compiled_graph" if small and largest <= GRAPH_MAX_COMPILED_WORK else "compile"
+    return "graph" if small and largest <= GRAPH_MAX_WORK else "eager"
 
 
 def compiling_pays(num_parameters: int, work: Work) -> bool:

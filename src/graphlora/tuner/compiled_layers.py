@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from graphlora.errors import GraphLoraError
@@ -63,7 +65,7 @@ class CompiledLayers:
         self._before = [layer.__dict__.get("forward") for layer in self._layers]
         _allow_versions(VERSIONS_PER_SHAPE * MAX_SHAPES)
         for layer in self._layers:
-            layer.__dict__["forward"] = self._or_eager(layer.forward, options)
+            layer.__dict__["forward"] = self._or_eager(layer.forward, options, layer)
         whole: Any = model
         self._base: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         config = getattr(self._base, "config", None)
@@ -95,11 +97,13 @@ class CompiledLayers:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _or_eager(self, function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def _or_eager(
+        self, function: Callable[..., Any], options: dict[str, Any], layer: nn.Module | None = None
+    ) -> Callable[..., Any]:
         compiled = torch.compile(function, dynamic=False, **options)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self.failed or not torch.is_grad_enabled():
+            if self.failed or not torch.is_grad_enabled() or (layer is not None and _is_recomputed(layer)):
                 return function(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)
@@ -112,6 +116,24 @@ class CompiledLayers:
                 return function(*args, **kwargs)
 
         return run
+
+
+def _is_recomputed(layer: nn.Module) -> bool:
+    """Whether the layer's forward is called by activation checkpointing, a second time in backward.
+
+    What is compiled for the second time may keep other tensors than what was compiled for the first, which
+    checkpointing refuses. From 5.23 on transformers checkpoints within the forward, where it is compiled along.
+    """
+    if type(layer).__call__ is nn.Module.__call__:
+        return False
+    recomputed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
+    if recomputed:
+        warnings.warn(
+            f"transformers {transformers.__version__} checkpoints activations around the decoder layers, which stay "
+            "uncompiled; transformers 5.23 does it within them",
+            stacklevel=2,
+        )
+    return recomputed
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:
