@@ -200,10 +200,10 @@ def test_paths_agree_where_experts_stay_empty(parts, index):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_paths_agree_where_long_segments_are_cut(gated, dropout, monkeypatch):
-    monkeypatch.setattr(pairs_by_expert, "_BUFFER_ELEMENTS", 1)
+    monkeypatch.setattr(pairs_by_expert, "_BUFFER_BYTES", 1)
     index = torch.tensor([[3, 1]] * 37 + [[0, 3]] * 21 + [[3, 4]])
     problem = make_problem(tokens=59, gated=gated, index=index)
-    order = PairsByExpert(index, 5, 3, WIDE)
+    order = PairsByExpert(index, 5, 3, 4 * WIDE)
     sizes = [part.pairs.stop - part.pairs.start for part in order.parts()]
     assert sizes == [16, 5, 16, 16, 5, 16, 16, 16, 11, 1]
     masks = make_masks(problem, dropout, dropout)

@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# Elements of one `[rows, f]` buffer: a few of them fit into the last-level cache of a CPU.
-_BUFFER_ELEMENTS = 2**18
+# Bytes of one `[rows, f]` buffer: a few of them fit into the last-level cache of a CPU.
+_BUFFER_BYTES = 2**20
 _MIN_ROWS = 16
 
 
@@ -65,10 +65,10 @@ class PairsByExpert:
         top_k_index: `[tokens, top_k]`.
         num_experts: N.
         r: rank.
-        width: f, which sets the length of a part.
+        row_bytes: size of a row of f elements, which sets the length of a part.
     """
 
-    def __init__(self, top_k_index: Tensor, num_experts: int, r: int, width: int) -> None:
+    def __init__(self, top_k_index: Tensor, num_experts: int, r: int, row_bytes: int) -> None:
         self._tokens, self._top_k = top_k_index.shape
         self._num_experts, self._r = num_experts, r
         flat = top_k_index.reshape(-1)
@@ -76,7 +76,7 @@ class PairsByExpert:
         self._token = self._order.div(self._top_k, rounding_mode="floor")
         self._row = self._token * num_experts + flat[self._order]
         self._counts: list[int] = torch.bincount(flat, minlength=num_experts).tolist()
-        self.buffer_rows = min(max(self._counts), max(_MIN_ROWS, _BUFFER_ELEMENTS // width))
+        self.buffer_rows = min(max(self._counts), max(_MIN_ROWS, _BUFFER_BYTES // row_bytes))
 
     def parts(self) -> Iterator[Part]:
         """See `Pairs`."""
@@ -148,5 +148,5 @@ class PairsBySlot:
 def order_pairs(top_k_index: Tensor, num_experts: int, r: int, width: int, dtype: torch.dtype) -> Pairs:
     """By expert on the CPU; by slot on other devices and where Dynamo traces, which want static shapes."""
     if top_k_index.device.type == "cpu" and not torch.compiler.is_compiling():
-        return PairsByExpert(top_k_index, num_experts, r, width)
+        return PairsByExpert(top_k_index, num_experts, r, width * dtype.itemsize)
     return PairsBySlot(top_k_index, num_experts, r, dtype)
