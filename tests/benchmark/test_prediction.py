@@ -36,6 +36,16 @@ def test_predicted_memory_is_that_of_a_real_run(kind, checkpointing):
     assert predicted.peak == pytest.approx(measured.peak, rel=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_step_is_predicted_too(kind):
+    torch._dynamo.reset()
+    asked = setting(iterations=1, compiler="aot_eager")
+    predicted, measured = predict(asked, KINDS[kind]), measure_whole(asked, KINDS[kind])
+    assert predicted.peak == pytest.approx(measured.peak, rel=TOLERANCE)
+
+
 def test_predicted_time_is_that_of_a_real_run():
     gaps = []
     for _ in range(TRIES):  # a busy machine can slow down either half

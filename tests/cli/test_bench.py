@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,32 @@ def test_bench_prints_a_table(graphlora, config_only):
     assert code == 0
     assert "peak memory (GiB)" in out
     assert out.splitlines()[2].split() == ["frozen", "PEFT", "LoRA", "GraphLoRA"]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_steps_are_predicted_or_refused(graphlora, config_only, monkeypatch):
+    words = ["--length", 8, "--batch_size", 1, "--iterations", 1, "--device", "cpu", "--step_mode", "compile"]
+    monkeypatch.setattr("graphlora.cli.bench.COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    code, out, _ = graphlora("bench", config_only, *words, "--check", "--json")
+    assert code == 0
+    assert counters["stats"]["unique_graphs"] > 0
+    facts = json.loads(out)
+    assert facts["step_mode"] == "compile"
+    for values in facts["candidates"].values():
+        assert values["predicted"]["peak"] == pytest.approx(values["measured"]["peak"], rel=0.3)
+
+    def fails(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(fails, name="fails_in_bench")
+    monkeypatch.setattr("graphlora.cli.bench.COMPILER", "fails_in_bench")
+    code, _, error = graphlora("bench", config_only, *words)
+    assert code == 2
+    assert "torch.compile failed (RuntimeError: no compiler); set --step_mode to eager" in error
 
 
 @pytest.mark.parametrize(

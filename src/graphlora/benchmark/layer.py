@@ -17,7 +17,7 @@ from graphlora.benchmark.memory import measure_memory
 from graphlora.benchmark.random_model import bypassed, random_model, with_layers
 from graphlora.benchmark.timing import FULL, Call, Stopwatch, interleave, release
 from graphlora.tuner.auxiliary import auxiliary_loss
-from graphlora.tuner.compiled_layers import decoder_layers
+from graphlora.tuner.compiled_layers import compile_layers, decoder_layers
 from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.model import GraphLoraModel
 from graphlora.tuner.tuner_layer import RoutedLayer
@@ -39,6 +39,7 @@ class Setting:
         dtype: of the frozen weights.
         gradient_checkpointing: whether layers recompute their activations.
         iterations: timed iterations.
+        compiler: what compiles layers and loss, by `torch.compile`'s name (`inductor`); None: they run as they are.
     """
 
     config: PretrainedConfig
@@ -48,6 +49,7 @@ class Setting:
     dtype: torch.dtype
     gradient_checkpointing: bool = False
     iterations: int = 10
+    compiler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,12 @@ def _memory_of(setting: Setting, model: nn.Module, ids: Tensor) -> Parts:
     layer = layers[0]
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = [p for p in layer.parameters() if p.requires_grad]
-    activations, recomputation = _layer_memory(setting, _layer_alone(layer, lambda: loss_of(model, ids)))
+    run_layer = _layer_alone(layer, lambda: loss_of(model, ids))
+    if setting.compiler is not None:  # the compiler's own memory is not the layer's
+        run_layer(Stopwatch(setting.device))
+        with bypassed(layers):
+            _backward(loss_of(model, ids), trained)
+    activations, recomputation = _layer_memory(setting, run_layer)
     with measure_memory(setting.device) as memory, bypassed(layers):
         _backward(loss_of(model, ids), trained)
     weights = sum(_size(p) for p in layer.parameters() if not p.requires_grad)
@@ -156,13 +163,15 @@ def one_layer_model(setting: Setting, adapter: PeftConfig | None) -> nn.Module:
 
 
 def adapted_model(setting: Setting, config: PretrainedConfig, adapter: PeftConfig | None) -> nn.Module:
-    """A model with random weights and the adapter, ready to train."""
+    """A model with random weights and the adapter, ready to train, its steps compiled where that is asked for."""
     model: Any = random_model(config, setting.device, setting.dtype)
     model.config.use_cache = False
-    if adapter is None:
-        return model
-    # A copy, because PEFT writes the names that it finds in one model into the config.
-    return cast(nn.Module, get_peft_model(model, copy.deepcopy(adapter))).train()
+    if adapter is not None:
+        # A copy, because PEFT writes the names that it finds in one model into the config.
+        model = get_peft_model(model, copy.deepcopy(adapter)).train()
+    if setting.compiler is not None:
+        compile_layers(model, backend=setting.compiler)
+    return cast(nn.Module, model)
 
 
 def random_tokens(setting: Setting) -> Tensor:

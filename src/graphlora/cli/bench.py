@@ -24,6 +24,7 @@ in PEFT stand beside it. --check runs the whole model too and shows what the pre
 EXAMPLE = """
 graphlora bench meta-llama/Meta-Llama-3-8B --batch_size 8 --length 1024
 graphlora bench path/to/model --r 16 --num_experts 16 --batch_size 1 --length 4096 --gradient_checkpointing
+graphlora bench meta-llama/Meta-Llama-3-8B --batch_size 8 --length 512 --step_mode compile
 graphlora bench path/to/model --check --json
 """
 # Options of the adapter that decide its cost; all others go into --adapter_args.
@@ -38,6 +39,7 @@ ADAPTER_OPTIONS: dict[str, tuple[Any, str]] = {
 }
 NAMES = {"frozen": "frozen", "lora": "PEFT LoRA", "graphlora": "GraphLoRA"}
 _DEFAULT_RANK = 8
+COMPILER = "inductor"
 
 
 def build_parser() -> ArgumentParser:
@@ -47,6 +49,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=4, help="rows per step")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument(
+        "--step_mode",
+        type=Literal["eager", "compile"],
+        default="eager",
+        help="compile: decoder layers and loss by torch.compile, as graphlora train has it for long runs on a GPU",
+    )
     parser.add_argument("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--iterations", type=int, default=10, help="timed iterations; medians are shown")
@@ -76,17 +84,23 @@ def bench(arguments: Namespace, options: dict[str, Any]) -> dict[str, Any]:
     from tqdm import tqdm
 
     from graphlora.benchmark.prediction import measure_whole, predict
+    from graphlora.tuner.compiled_layers import compiler_errors, reason_of
 
     setting = make_setting(arguments)
     found = {}
-    for kind, adapter in (bar := tqdm(adapters(options).items(), unit="model")):
-        bar.set_description(f"{NAMES[kind]}, one layer")
-        prediction = predict(setting, adapter)
-        measured = None
-        if arguments.check:
-            bar.set_description(f"{NAMES[kind]}, whole model")
-            measured = measure_whole(setting, adapter)
-        found[kind] = _facts(prediction, measured)
+    try:
+        for kind, adapter in (bar := tqdm(adapters(options).items(), unit="model")):
+            bar.set_description(f"{NAMES[kind]}, one layer")
+            prediction = predict(setting, adapter)
+            measured = None
+            if arguments.check:
+                bar.set_description(f"{NAMES[kind]}, whole model")
+                measured = measure_whole(setting, adapter)
+            found[kind] = _facts(prediction, measured)
+    except compiler_errors() as error:
+        raise GraphLoraError(
+            f"torch.compile failed ({reason_of(error)}); set --step_mode to eager"
+        ) from error
     from graphlora.evaluation.efficiency import device_name
 
     return {
@@ -97,6 +111,7 @@ def bench(arguments: Namespace, options: dict[str, Any]) -> dict[str, Any]:
         "device": device_name(setting.device),
         "dtype": str(setting.dtype).removeprefix("torch."),
         "gradient_checkpointing": setting.gradient_checkpointing,
+        "step_mode": arguments.step_mode,
         "adapter": options,
         "candidates": found,
     }
@@ -126,6 +141,7 @@ def make_setting(arguments: Namespace) -> Setting:
         pick_dtype(arguments.dtype, device),
         arguments.gradient_checkpointing,
         arguments.iterations,
+        COMPILER if arguments.step_mode == "compile" else None,
     )
 
 
@@ -167,9 +183,10 @@ def as_text(facts: dict[str, Any]) -> str:
     predicted = {kind: values["predicted"] for kind, values in candidates.items()}
     parts = {kind: values["parts"] for kind, values in predicted.items()}
     checkpointing = ", gradient checkpointing" if facts["gradient_checkpointing"] else ""
+    compiled = ", compiled" if facts["step_mode"] == "compile" else ""
     lines = [
         f"{facts['model']}: {facts['num_layers']} layers, {facts['batch_size']} x {facts['length']} tokens, "
-        f"{facts['dtype']} on {facts['device']}{checkpointing}",
+        f"{facts['dtype']} on {facts['device']}{checkpointing}{compiled}",
         "",
         f"{'':<30}" + "".join(f"{NAMES[kind]:>14}" for kind in candidates),
     ]
