@@ -1,5 +1,9 @@
 """Layers and loss compiled in place: the same steps, one compilation for all layers, nothing compiled elsewhere."""
 
+from copy import deepcopy
+from inspect import signature
+from types import MethodType
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -174,6 +178,52 @@ def test_errors_of_the_model_itself_are_not_taken_for_the_compilers():
     with pytest.raises(IndexError):
         model(input_ids=torch.tensor([[10**6]]))
     assert said == []
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_has_its_own_weights_and_is_not_compiled(copied, tmp_path):
+    model = lora_model(2)
+    special = model.get_base_model().model.layers[1]
+    special.forward = MethodType(type(special).forward, special)
+    compile_layers(model, **OPTIONS)
+    batch = make_batch([6, 4])
+    if copied == "deepcopy":
+        copy = deepcopy(model)
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        copy = torch.load(tmp_path / "model.pt", weights_only=False)
+    layers = copy.get_base_model().model.layers
+    for layer in layers:
+        with torch.no_grad():
+            layer.mlp.down_proj.base_layer.weight.zero_()
+            layer.self_attn.o_proj.base_layer.weight.zero_()
+    graphs = num_graphs()
+    plain = lora_model(2)
+    assert_same(step(model, batch), step(plain, batch), 1e-5)
+    assert num_graphs() > graphs
+    graphs = num_graphs()
+    own, others = step(copy, batch), step(plain, batch)
+    assert float((own["loss"] - others["loss"]).abs()) > 1e-3
+    assert num_graphs() == graphs
+    assert copy.get_base_model().loss_function is plain.get_base_model().loss_function
+    assert all(layer.forward.__self__ is layer for layer in layers)
+
+
+def test_what_a_forward_takes_can_still_be_asked():
+    model = lora_model(2)
+    layer = model.get_base_model().model.layers[0]
+    before = signature(layer.forward)
+    compile_layers(model, **OPTIONS)
+    assert signature(layer.forward) == before
+
+
+def test_layers_are_not_compiled_twice():
+    model = lora_model(2)
+    handle = compile_layers(model, **OPTIONS)
+    with pytest.raises(GraphLoraError, match="compiled already; undo that first"):
+        compile_layers(model, **OPTIONS)
+    handle.undo()
+    compile_layers(model, **OPTIONS)
 
 
 def test_a_model_without_layers_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from graphlora.errors import GraphLoraError
 
 NUM_ITEMS = "num_items_in_batch"
 # Versions of a layer's code that PyTorch may keep, after which it runs further ones uncompiled: per shape of a batch
-# one for the first layer, whose input may want no gradient, and one for the others, each with a mask and without.
-VERSIONS_PER_SHAPE = 4
+# one for the first layer, whose input may want no gradient, and one for the others, each with a mask and without, for
+# each of two kinds of attention.
+VERSIONS_PER_SHAPE = 8
 MAX_SHAPES = 32
 
 
@@ -37,8 +39,9 @@ def compile_layers(
     """Compile the decoder layers and the loss of a model, in place, for training.
 
     All layers share what is compiled, so that a model of 80 layers is ready as soon as one of 8. Where no gradient is
-    computed (validation, generation) nothing is compiled. Each shape of a batch is compiled anew: give few. Forwards
-    make no key-value cache unless they are asked to, of which each layer would want code of its own.
+    computed (validation, generation) nothing is compiled, nor are copies of the model. Each shape of a batch is
+    compiled anew: give few. Forwards make no key-value cache unless they are asked to, of which each layer would want
+    code of its own.
 
     Args:
         model: A transformers model, adapted or not, whose layers were not compiled yet.
@@ -50,7 +53,7 @@ def compile_layers(
         A handle whose `undo` makes the model as it was.
 
     Raises:
-        GraphLoraError: The model has no list of decoder layers.
+        GraphLoraError: The model has no list of decoder layers, or they are compiled already.
     """
     return CompiledLayers(model, tell, options)
 
@@ -60,12 +63,13 @@ class CompiledLayers:
 
     def __init__(self, model: nn.Module, tell: Callable[[str], None] | None, options: dict[str, Any]) -> None:
         """Compile, see `compile_layers`."""
-        self._tell, self.failed = tell, False
+        self.tell, self.failed = tell, False
         self._layers = list(decoder_layers(model))
-        self._before = [layer.__dict__.get("forward") for layer in self._layers]
+        if any(isinstance(vars(layer).get("forward"), _CompiledForward) for layer in self._layers):
+            raise GraphLoraError("the model's layers are compiled already; undo that first")
         _allow_versions(VERSIONS_PER_SHAPE * MAX_SHAPES)
         for layer in self._layers:
-            layer.__dict__["forward"] = self._or_eager(layer.forward, options, layer)
+            vars(layer)["forward"] = _CompiledForward(self, layer, options)
         whole: Any = model
         self._base: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         config = getattr(self._base, "config", None)
@@ -75,17 +79,15 @@ class CompiledLayers:
             self._config.use_cache = False
         self._loss = getattr(self._base, "loss_function", None)
         if self._loss is not None:
-            compiled = self._or_eager(self._loss, options)
-            self._base.loss_function = lambda *args, **kwargs: compiled(*args, **_on_device(args, kwargs))
+            self._base.loss_function = _CompiledLoss(self, self._loss, options)
 
     def undo(self) -> None:
         """Make the model as it was."""
-        for layer, forward in zip(self._layers, self._before, strict=True):
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.__dict__["forward"] = forward
-        self._layers, self._before = [], []
+        for layer in self._layers:
+            before = vars(layer).pop("forward").before
+            if before is not None:
+                vars(layer)["forward"] = before
+        self._layers = []
         if self._use_cache:
             self._config.use_cache, self._use_cache = True, None
         if self._loss is not None:
@@ -97,25 +99,69 @@ class CompiledLayers:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _or_eager(
-        self, function: Callable[..., Any], options: dict[str, Any], layer: nn.Module | None = None
-    ) -> Callable[..., Any]:
-        compiled = torch.compile(function, dynamic=False, **options)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if self.failed or not torch.is_grad_enabled() or (layer is not None and _is_recomputed(layer)):
-                return function(*args, **kwargs)
-            try:
-                return compiled(*args, **kwargs)
-            except compiler_errors() as error:
-                if self._tell is None:
-                    raise
-                # A compiler fails before anything is computed, so that the call can be made anew.
-                self.failed = True
-                self._tell(f"torch.compile failed ({reason_of(error)}); going on without")
-                return function(*args, **kwargs)
+class _Compiled:
+    """A function that runs compiled where gradients are computed, and as it is elsewhere."""
 
-        return run
+    def __init__(self, owner: CompiledLayers, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        self._owner, self.__wrapped__ = owner, function
+        self._compiled = torch.compile(function, dynamic=False, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self._owner
+        if owner.failed or not torch.is_grad_enabled():
+            return self.__wrapped__(*args, **kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except compiler_errors() as error:
+            if owner.tell is None:
+                raise
+            # A compiler fails before anything is computed, so that the call can be made anew.
+            owner.failed = True
+            owner.tell(f"torch.compile failed ({reason_of(error)}); going on without")
+            return self.__wrapped__(*args, **kwargs)
+
+
+class _CompiledForward(_Compiled):
+    """The forward of a layer; a copy of the layer, in memory or on disk, has its own forward and is not compiled.
+
+    Attributes:
+        before: What the layer had in place of its class's forward.
+    """
+
+    def __init__(self, owner: CompiledLayers, layer: nn.Module, options: dict[str, Any]) -> None:
+        self._layer, self.before = layer, vars(layer).get("forward")
+        super().__init__(owner, layer.forward, options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_recomputed(self._layer):
+            return self.__wrapped__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _forward_of, (self._layer, self.before)
+
+
+class _CompiledLoss(_Compiled):
+    """The loss of a model; a copy is the loss as it was."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        count = kwargs.get(NUM_ITEMS)
+        if isinstance(count, int):  # for each other integer it would be compiled anew
+            device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+            kwargs = kwargs | {NUM_ITEMS: torch.tensor(count, device=device)}
+        return super().__call__(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.__wrapped__,)
+
+
+def _forward_of(layer: nn.Module, before: Callable[..., Any] | None) -> Callable[..., Any]:
+    return MethodType(type(layer).forward, layer) if before is None else before
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _is_recomputed(layer: nn.Module) -> bool:
@@ -156,12 +202,3 @@ def _allow_versions(count: int) -> None:
 
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, count)
-
-
-def _on_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a loss, its number of labels as a tensor: for each other integer it would be compiled anew."""
-    count = kwargs.get(NUM_ITEMS)
-    if isinstance(count, int):
-        device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        kwargs = kwargs | {NUM_ITEMS: torch.tensor(count, device=device)}
-    return kwargs
