@@ -248,8 +248,10 @@ def test_four_bits_need_the_package_and_weights_to_quantize(tiny_recipe, monkeyp
 
 
 @pytest.mark.gpu
+@GRADS
+@pytest.mark.parametrize("mode", ["graph", "compile", "compiled_graph"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_cuda_graphs_learn_what_eager_steps_learn(any_recipe, dropout):
+def test_cuda_graphs_learn_what_eager_steps_learn(any_recipe, dropout, mode):
     """Ten steps with accumulation and several lengths; dropout draws the same numbers in both."""
     options = any_recipe | {
         "training_args": GPU_ARGS,
@@ -260,9 +262,9 @@ def test_cuda_graphs_learn_what_eager_steps_learn(any_recipe, dropout):
         "warmup_ratio": 0.0,
     }
     results = [
-        train(Recipe.from_dict(options | {"step_mode": mode}), overwrite=True) for mode in ("eager", "graph")
+        train(Recipe.from_dict(options | {"step_mode": how}), overwrite=True) for how in ("eager", mode)
     ]
     eager, graph = (result.metrics for result in results)
-    assert graph["step_mode"] == "graph"
+    assert graph["step_mode"] == mode
     # Padding to buckets moves the random numbers of dropout, so with it the runs are alike, not equal.
     assert graph["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-3 if dropout == 0 else 0.2)

@@ -31,8 +31,10 @@ RECORDABLE_ATTENTION = ("sdpa", "eager")
 # per shape, a little less and a little more than on an H200: 8.6, 29 and 20 ms at 2.8e11, 7e12 and 1.2e13; 8 to 14 s.
 SPARED_SECONDS, SPARED_PER_WORK = 6e-3, 1.2e-15
 COMPILING_SECONDS = 12.0
-# `auto` compiles where that spares so many times what it takes.
+# `auto` is to compile where that spares so many times what it takes. It waits for whole runs of `graphlora train` on a
+# GPU: steps and gradients were measured there, and runs on a CPU.
 WORTH = 2.0
+AUTO_COMPILES = False
 SHAPES_OF_PACKED_BATCHES = 4
 
 
@@ -93,13 +95,13 @@ def choose_step_mode(num_parameters: int, batch_size: int, work: Work, device: t
 
 
 def compiling_pays(num_parameters: int, work: Work) -> bool:
-    """Whether a run is long enough to compile its steps.
+    """Whether a run is long enough for `auto` to compile its steps.
 
     Args:
         num_parameters: Parameters of the model.
         work: What there is to do.
     """
-    if work.batches is None:
+    if work.batches is None or not AUTO_COMPILES:
         return False
     spared = work.batches * (SPARED_SECONDS + SPARED_PER_WORK * num_parameters * work.tokens)
     return spared >= WORTH * COMPILING_SECONDS * work.shapes
