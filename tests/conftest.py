@@ -36,6 +36,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _limit_of_the_compiler():
+    """How many versions of a function's code PyTorch keeps is the process's, and compiled layers raise it."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(cache_size_limit=torch._dynamo.config.cache_size_limit):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """Directory of a random Llama of two layers, with a tokenizer."""

@@ -115,7 +115,7 @@ def test_undoing_leaves_the_model_as_it_was():
     special = base.model.layers[1]
     special.forward = original = special.forward  # as hooks of other libraries do it
     before, cached = [dict(vars(layer)) for layer in base.model.layers], base.config.use_cache
-    loss = base.loss_function
+    loss, limit = base.loss_function, torch._dynamo.config.cache_size_limit
     handle = compile_layers(model, **OPTIONS)
     assert base.loss_function is not loss
     handle.undo()
@@ -124,6 +124,7 @@ def test_undoing_leaves_the_model_as_it_was():
     assert special.forward is original
     assert base.config.use_cache is cached is True
     assert base.loss_function is loss
+    assert torch._dynamo.config.cache_size_limit == limit
     step(model, make_batch([5]))
     assert num_graphs() == 0
 

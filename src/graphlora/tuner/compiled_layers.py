@@ -67,7 +67,7 @@ class CompiledLayers:
         self._layers = list(decoder_layers(model))
         if any(isinstance(vars(layer).get("forward"), _CompiledForward) for layer in self._layers):
             raise GraphLoraError("the model's layers are compiled already; undo that first")
-        _allow_versions(VERSIONS_PER_SHAPE * MAX_SHAPES)
+        self._before = _allow_versions(VERSIONS_PER_SHAPE * MAX_SHAPES, at_least=True)
         for layer in self._layers:
             vars(layer)["forward"] = _CompiledForward(self, layer, options)
         whole: Any = model
@@ -83,6 +83,8 @@ class CompiledLayers:
 
     def undo(self) -> None:
         """Make the model as it was."""
+        if self._layers:
+            _allow_versions(self._before)
         for layer in self._layers:
             before = vars(layer).pop("forward").before
             if before is not None:
@@ -197,8 +199,11 @@ def reason_of(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _allow_versions(count: int) -> None:
-    import torch._dynamo
+def _allow_versions(count: int, at_least: bool = False) -> int:
+    """Let PyTorch keep that many versions of a function's code; how many it was to keep before."""
+    import torch._dynamo  # takes seconds
 
     config = torch._dynamo.config
-    config.cache_size_limit = max(config.cache_size_limit, count)
+    before = config.cache_size_limit
+    config.cache_size_limit = max(before, count) if at_least else count
+    return before
