@@ -230,29 +230,27 @@ def _cpu_step_case(shape: Shape, batch: int, length: int, dtype: str, seconds: f
     return Case("cpu_step", name, {**params, "candidates": list(_CPU_STEP)}, seconds)
 
 
-def _small_case(mode: str, seconds: float, candidates: list[str]) -> Case:
-    params = {"shape": SMOLLM2.name, "batch": 16, "length": 128, "candidates": candidates}
-    return Case("small", f"{SMOLLM2.name} 16x128 {mode}", params, seconds)
+def _small_case(
+    shape: Shape, batch: int, length: int, mode: str, seconds: float, candidates: list[str]
+) -> Case:
+    params = {"shape": shape.name, "batch": batch, "length": length, "candidates": candidates}
+    return Case("small", f"{shape.name} {batch}x{length} {mode}", params, seconds)
 
 
-def _crossover_case(shape: Shape, batch: int) -> Case:
-    params = {"shape": shape.name, "batch": batch, "length": 512, "candidates": ["triton", "triton_graph"]}
-    return Case("small", f"{shape.name} {batch}x512 crossover", params, 20)
-
-
-def _compiled_crossover_case(shape: Shape, batch: int) -> Case:
-    candidates = ["triton", "triton_graph", "triton_compiled", "triton_compiledgraph"]
-    params = {"shape": shape.name, "batch": batch, "length": 512, "candidates": candidates}
-    return Case("small", f"{shape.name} {batch}x512 compiled", params, 45)
-
-
+_CROSSOVER = ["triton", "triton_graph"]
 _SMALL = (
     _small_case(
+        SMOLLM2,
+        16,
+        128,
         "graphs",
         50,
         ["frozen", "peft", "peft_bfloat16", "peft_graph", "triton", "triton_graph", "torch_graph", "eager"],
     ),
     _small_case(
+        SMOLLM2,
+        16,
+        128,
         "compiled",
         90,
         [
@@ -266,11 +264,16 @@ _SMALL = (
     ),
     # Where a recorded step stops being faster than its launches, for `graphlora.training.step_mode`.
     *(
-        _crossover_case(shape, batch)
+        _small_case(shape, batch, 512, "crossover", 20, _CROSSOVER)
         for shape, batches in ((SMOLLM2, (16,)), (SMOLLM2_360M, (8,)), (SMOLLM2_1B7, (4, 8, 16)))
         for batch in batches
     ),
-    *(_compiled_crossover_case(SMOLLM2_1B7, batch) for batch in (8, 16)),
+    *(
+        _small_case(
+            SMOLLM2_1B7, batch, 512, "compiled", 45, [*_CROSSOVER, "triton_compiled", "triton_compiledgraph"]
+        )
+        for batch in (8, 16)
+    ),
 )
 
 

@@ -235,3 +235,21 @@ def test_evaluation_between_replays_changes_nothing():
             model(**{k: v for k, v in inputs.items() if k != "num_items_in_batch"})
         model.zero_grad()
     torch.testing.assert_close(torch.stack(losses), losses[0].expand(3), rtol=1e-6, atol=1e-6)
+
+
+def test_a_warm_up_has_padding_as_a_recording_may_have_it(model, device):
+    """While it is recorded, transformers cannot look whether a mask is needed; a warm-up must not leave it away."""
+    steps, seen = CapturedSteps(model, device=device), []
+
+    def step(inputs):
+        seen.append(inputs["attention_mask"].clone())
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach()
+
+    batch = {name: tensor.to(device) for name, tensor in make_batch([8, 8]).items()}
+    steps(step, batch)
+    warm_ups, recorded = seen[: captured.NUM_WARM_UPS], seen[captured.NUM_WARM_UPS :]
+    assert not any(bool(mask.all()) for mask in warm_ups)
+    if device.type == "cpu":
+        assert all(torch.equal(mask, batch["attention_mask"]) for mask in recorded)

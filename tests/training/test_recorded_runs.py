@@ -39,6 +39,23 @@ def assert_equal_files(one: Path, other: Path) -> None:
         assert torch.equal(value, second[name]), name
 
 
+def train_in_two_parts(recipe: Recipe, stop: int, monkeypatch) -> None:
+    """Interrupted in step `stop`, then resumed."""
+    original, sent = AdapterTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == stop - 1 and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", training_step)
+        with pytest.raises(TrainingInterrupted, match="--resume"):
+            train(recipe)
+    train(recipe, resume=True)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("packing", [False, True])
 def test_recorded_runs_learn_what_eager_ones_learn(any_recipe, monkeypatch, accumulation, packing):
@@ -81,19 +98,7 @@ def test_a_resumed_recorded_run_equals_an_uninterrupted_one(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(Recipe.from_dict(options | {"output_dir": str(whole)}))
     recipe = Recipe.from_dict(options | {"output_dir": str(parts)})
-    original, sent = AdapterTrainer.training_step, []
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == stop - 1 and not sent:
-            sent.append(True)
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", training_step)
-        with pytest.raises(TrainingInterrupted, match="--resume"):
-            train(recipe)
-    train(recipe, resume=True)
+    train_in_two_parts(recipe, stop, monkeypatch)
     assert_equal_files(whole, parts)
 
 
@@ -147,19 +152,7 @@ def test_a_compiled_run_is_validated_and_resumed(tiny_recipe, tmp_path, monkeypa
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     train(compiled(options, max_steps=4, output_dir=whole))
     recipe = compiled(options, max_steps=4, output_dir=parts)
-    step, sent = AdapterTrainer.training_step, []
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 1 and not sent:
-            sent.append(True)
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", training_step)
-        with pytest.raises(TrainingInterrupted, match="--resume"):
-            train(recipe)
-    train(recipe, resume=True)
+    train_in_two_parts(recipe, 2, monkeypatch)
     assert_equal_files(Path(whole), Path(parts))
     assert len(graphs) >= 4
     assert set(graphs) == {0}

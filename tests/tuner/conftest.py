@@ -1,10 +1,11 @@
 """Tiny random models, batches and adapters that are no longer zero."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import peft
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graphlora import GraphLoraConfig
@@ -21,6 +22,15 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled or counted yet, and nothing stays."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
     # What PyTorch's own tracer does with an autograd.Function, and with a tensor that a graph break hands on.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -37,14 +38,6 @@ OUTSIDE_OF_LAYERS = (
     "dict_keyiterator",
     "requires_grad_",
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(model):

@@ -18,6 +18,7 @@ from graphlora.errors import GraphLoraError
 from graphlora.tuner.compiled_layers import decoder_layers
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:\\s*Online softmax is disabled:UserWarning"),
@@ -27,14 +28,6 @@ pytestmark = [
 ]
 CHECKPOINTS_AROUND_LAYERS = LlamaDecoderLayer.__call__ is not torch.nn.Module.__call__
 OPTIONS = {"backend": "aot_eager"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def num_graphs() -> int:

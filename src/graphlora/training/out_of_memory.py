@@ -16,7 +16,7 @@ from graphlora.benchmark.savings import MemoryModel, Run
 from graphlora.errors import GraphLoraError
 from graphlora.training.adapting import adapter_config
 from graphlora.training.data import IGNORED
-from graphlora.training.recipe import Recipe
+from graphlora.training.recipe import RECORDED, Recipe
 
 MESSAGES = (
     "defaultcpuallocator",
@@ -120,7 +120,7 @@ def _remedies(facts: Facts, run: Run) -> list[tuple[str, dict[str, Any]]]:
             f"{parts * rows // (rows // 2)}"
         )
         found.append((text, {"rows": rows // 2}))
-    records = recipe.step_mode in ("graph", "compiled_graph")
+    records = recipe.step_mode in RECORDED
     if records:
         found.append(("step_mode to eager", {}))
     on_gpu = facts.device is not None and facts.device.type == "cuda"

@@ -31,6 +31,10 @@ GROUPS = {
 }
 
 
+# Values of `step_mode` that record steps as CUDA graphs.
+RECORDED = ("graph", "compiled_graph")
+
+
 def option(group: str, text: str, default: Any = MISSING, factory: Any = MISSING) -> Any:
     """A recipe field that carries its help text and the group it is listed under."""
     return field(default=default, default_factory=factory, metadata={"group": group, "help": text})
@@ -384,7 +388,7 @@ def _check_streaming(recipe: Recipe) -> None:
 def _check_combinations(recipe: Recipe) -> None:
     if recipe.streaming:
         _check_streaming(recipe)
-    if recipe.step_mode in ("graph", "compiled_graph") and recipe.loss_kernel == "liger":
+    if recipe.step_mode in RECORDED and recipe.loss_kernel == "liger":
         raise GraphLoraError(
             f"step_mode {recipe.step_mode} cannot record the loss_kernel liger, which counts labels on the host; "
             "choose one"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +12,11 @@ from transformers import PreTrainedModel
 from graphlora.errors import GraphLoraError
 from graphlora.training.bucketing import bucket_length
 from graphlora.training.data import Encoded
-from graphlora.training.recipe import Recipe
+from graphlora.training.processes import num_processes
+from graphlora.training.recipe import RECORDED, Recipe
 from graphlora.training.streaming import TokenStream
 
 StepMode = Literal["eager", "compile", "graph", "compiled_graph"]
-RECORDED: tuple[StepMode, ...] = ("graph", "compiled_graph")
 COMPILED: tuple[StepMode, ...] = ("compile", "compiled_graph")
 
 # Work of a forward and backward, in parameters times tokens, up to which launches rather than arithmetic take the time.
@@ -71,7 +70,7 @@ def work_of(recipe: Recipe, train: Encoded | TokenStream) -> Work:
     if recipe.max_steps > 0:
         batches = recipe.max_steps * recipe.gradient_accumulation_steps
     elif rows is not None:
-        batches = math.ceil(recipe.num_train_epochs * len(rows) / (size * _num_processes()))
+        batches = math.ceil(recipe.num_train_epochs * len(rows) / (size * num_processes()))
     return Work(train.longest, size * mean, batches, SHAPES_OF_PACKED_BATCHES if recipe.packing else shapes)
 
 
@@ -140,7 +139,7 @@ def why_not_recorded(recipe: Recipe, model: PreTrainedModel, device: torch.devic
     sliding = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
     reasons = {
         f"CUDA graphs need an NVIDIA GPU, not {device.type}": device.type != "cuda",
-        "several processes train together": _num_processes() > 1,
+        "several processes train together": num_processes() > 1,
         "one process uses several GPUs (start one process for each)": torch.cuda.device_count() > 1,
         "the model is spread over several devices": len(set(getattr(model, "hf_device_map", {}).values()))
         > 1,
@@ -152,7 +151,3 @@ def why_not_recorded(recipe: Recipe, model: PreTrainedModel, device: torch.devic
         "packing with a model of sliding attention needs two masks": recipe.packing and bool(sliding),
     }
     return next((text for text, holds in reasons.items() if holds), None)
-
-
-def _num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -41,11 +41,10 @@ from graphlora.training.checkpoints import (
 from graphlora.training.nonfinite import NonFiniteError
 from graphlora.training.resumed_trainer import ResumedTrainer
 from graphlora.training.streaming import StreamLoader, write_place
-from graphlora.tuner.compiled_layers import compile_layers, compiler_errors, reason_of
+from graphlora.tuner.compiled_layers import NUM_ITEMS, compile_layers, compiler_errors, reason_of
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
-NUM_ITEMS = "num_items_in_batch"
 
 
 class EpochSampler(Sampler[int]):

@@ -17,9 +17,9 @@ from graphlora.training.arguments import compiler_options, training_arguments
 from graphlora.training.bucketing import Bucketed, bucket_positions
 from graphlora.training.callbacks import Progress, StreamEpochs
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
-from graphlora.training.recipe import Recipe
+from graphlora.training.recipe import RECORDED, Recipe
 from graphlora.training.run_data import RunData
-from graphlora.training.step_mode import COMPILED, RECORDED, StepMode
+from graphlora.training.step_mode import COMPILED, StepMode
 from graphlora.training.stream_setup import stream_loader
 from graphlora.training.streaming import TokenStream
 from graphlora.training.trainer import AdapterTrainer
@@ -94,7 +94,7 @@ def make_trainer(
     return trainer
 
 
-def _how(recipe: Recipe, mode: StepMode, modes: tuple[StepMode, ...]) -> Literal["no", "yes", "if_possible"]:
+def _how(recipe: Recipe, mode: StepMode, modes: tuple[str, ...]) -> Literal["no", "yes", "if_possible"]:
     """Whether steps are treated as the modes do it, and must be because the recipe says so."""
     if mode not in modes:
         return "no"

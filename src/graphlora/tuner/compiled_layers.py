@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -64,36 +65,28 @@ class CompiledLayers:
     def __init__(self, model: nn.Module, tell: Callable[[str], None] | None, options: dict[str, Any]) -> None:
         """Compile, see `compile_layers`."""
         self.tell, self.failed = tell, False
-        self._layers = list(decoder_layers(model))
-        if any(isinstance(vars(layer).get("forward"), _CompiledForward) for layer in self._layers):
+        layers = list(decoder_layers(model))
+        if any(isinstance(vars(layer).get("forward"), _CompiledForward) for layer in layers):
             raise GraphLoraError("the model's layers are compiled already; undo that first")
-        self._before = _allow_versions(VERSIONS_PER_SHAPE * MAX_SHAPES, at_least=True)
-        for layer in self._layers:
-            vars(layer)["forward"] = _CompiledForward(self, layer, options)
+        self._undo = ExitStack()
+        self._undo.enter_context(_versions(VERSIONS_PER_SHAPE * MAX_SHAPES))
+        for layer in layers:
+            vars(layer)["forward"] = forward = _CompiledForward(self, layer, options)
+            self._undo.callback(forward.remove)
         whole: Any = model
-        self._base: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-        config = getattr(self._base, "config", None)
-        self._config: Any = None if config is None else config.get_text_config()
-        self._use_cache = getattr(self._config, "use_cache", None)
-        if self._use_cache:
-            self._config.use_cache = False
-        self._loss = getattr(self._base, "loss_function", None)
-        if self._loss is not None:
-            self._base.loss_function = _CompiledLoss(self, self._loss, options)
+        base: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        config: Any = base.config.get_text_config() if hasattr(base, "config") else None
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+            self._undo.callback(setattr, config, "use_cache", True)
+        loss = getattr(base, "loss_function", None)
+        if loss is not None:
+            base.loss_function = _CompiledLoss(self, loss, options)
+            self._undo.callback(setattr, base, "loss_function", loss)
 
     def undo(self) -> None:
         """Make the model as it was."""
-        if self._layers:
-            _allow_versions(self._before)
-        for layer in self._layers:
-            before = vars(layer).pop("forward").before
-            if before is not None:
-                vars(layer)["forward"] = before
-        self._layers = []
-        if self._use_cache:
-            self._config.use_cache, self._use_cache = True, None
-        if self._loss is not None:
-            self._base.loss_function, self._loss = self._loss, None
+        self._undo.close()
 
     def __enter__(self) -> CompiledLayers:
         return self
@@ -125,14 +118,11 @@ class _Compiled:
 
 
 class _CompiledForward(_Compiled):
-    """The forward of a layer; a copy of the layer, in memory or on disk, has its own forward and is not compiled.
-
-    Attributes:
-        before: What the layer had in place of its class's forward.
-    """
+    """The forward of a layer; a copy of the layer, in memory or on disk, has its own forward and is not compiled."""
 
     def __init__(self, owner: CompiledLayers, layer: nn.Module, options: dict[str, Any]) -> None:
-        self._layer, self.before = layer, vars(layer).get("forward")
+        # Hooks of other libraries put something in place of the class's forward.
+        self._layer, self._before = layer, vars(layer).get("forward")
         super().__init__(owner, layer.forward, options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,8 +130,14 @@ class _CompiledForward(_Compiled):
             return self.__wrapped__(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 
+    def remove(self) -> None:
+        """Leaves the layer with the forward that it had."""
+        del vars(self._layer)["forward"]
+        if self._before is not None:
+            vars(self._layer)["forward"] = self._before
+
     def __reduce__(self) -> Any:
-        return _forward_of, (self._layer, self.before)
+        return _forward_of, (self._layer, self._before)
 
 
 class _CompiledLoss(_Compiled):
@@ -199,11 +195,11 @@ def reason_of(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _allow_versions(count: int, at_least: bool = False) -> int:
-    """Let PyTorch keep that many versions of a function's code; how many it was to keep before."""
+@contextmanager
+def _versions(count: int) -> Iterator[None]:
+    """Within it PyTorch keeps at least that many versions of a function's code."""
     import torch._dynamo  # takes seconds
 
-    config = torch._dynamo.config
-    before = config.cache_size_limit
-    config.cache_size_limit = max(before, count) if at_least else count
-    return before
+    limit = torch._dynamo.config.cache_size_limit
+    with torch._dynamo.config.patch(cache_size_limit=max(limit, count)):
+        yield
