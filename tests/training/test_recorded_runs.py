@@ -20,8 +20,9 @@ from graphlora.training.interrupts import TrainingInterrupted
 from graphlora.training.trainer import AdapterTrainer
 from graphlora.tuner.compiled_layers import decoder_layers
 
-# PyTorch's own tracer looks at it.
+# What PyTorch's own tracer does: it looks at gradients of views, and (2.11) instantiates autograd functions.
 GRADS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+FUNCTIONS = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 WEIGHTS = "adapter_model.safetensors"
 GPU_ARGS = {"disable_tqdm": True}
 
@@ -242,6 +243,7 @@ def test_four_bits_need_the_package_and_weights_to_quantize(tiny_recipe, monkeyp
 
 @pytest.mark.gpu
 @GRADS
+@FUNCTIONS
 @pytest.mark.parametrize("mode", ["graph", "compile", "compiled_graph"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_cuda_graphs_learn_what_eager_steps_learn(any_recipe, dropout, mode):
