@@ -281,7 +281,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "12",
-        "the same, recorded from compiled layers",
+        "the same, recorded from compiled layers, as in long runs",
         "small",
         r"smollm2-135m .* compiled",
         "triton_compiledgraph",

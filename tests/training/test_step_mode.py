@@ -39,19 +39,6 @@ def test_small_work_on_a_gpu_is_recorded():
     assert choose_step_mode(70_000_000_000, 1, work(8), GPU) == "eager"
 
 
-@pytest.fixture
-def compiles(monkeypatch):
-    """`auto` compiles, as it will once whole runs on a GPU were compared."""
-    monkeypatch.setattr(step_mode, "AUTO_COMPILES", True)
-
-
-def test_nothing_is_compiled_unasked():
-    assert choose_step_mode(135_000_000, 16, work(128, 10**6), GPU) == "graph"
-    assert choose_step_mode(8_000_000_000, 8, work(512, 10**6), GPU) == "eager"
-    assert resolve_step_mode(recipe(step_mode="compile"), make_base(), GPU, work(64)) == "compile"
-
-
-@pytest.mark.usefixtures("compiles")
 def test_long_runs_are_compiled():
     small, large = 135_000_000, 8_000_000_000
     assert choose_step_mode(small, 16, work(128, 100_000, 4), GPU) == "compiled_graph"
@@ -65,7 +52,6 @@ def test_long_runs_are_compiled():
     assert choose_step_mode(large, 8, work(512, 200, 1, 8 * 512), GPU) == "eager"
 
 
-@pytest.mark.usefixtures("compiles")
 @pytest.mark.parametrize("num_parameters", [135_000_000, 8_000_000_000])
 def test_a_run_that_is_compiled_spares_more_than_compiling_takes(num_parameters):
     """By the figures that were measured on an H200: seconds that a batch is shorter, and 14 at most per shape."""
@@ -117,10 +103,11 @@ def test_what_cannot_be_recorded_is_refused_and_avoided(monkeypatch, options, en
 
 def test_the_help_says_what_auto_takes():
     text = next(item for item in fields(Recipe) if item.name == "step_mode").metadata["help"]
-    assert text.endswith("auto: graph for small models on an NVIDIA GPU, else eager")
+    assert "auto: on an NVIDIA GPU graph for small models, and compiled where the run is long enough" in text
     small, large = 10**8, 10**10
     assert choose_step_mode(small, 1, work(64), GPU) == "graph"
     assert choose_step_mode(large, 1, work(64), GPU) == choose_step_mode(small, 1, work(64), CPU) == "eager"
+    assert choose_step_mode(large, 1, work(64, 10**6), GPU) == "compile"
 
 
 def test_a_cpu_has_no_graphs_but_runs_the_other_modes():
@@ -131,7 +118,7 @@ def test_a_cpu_has_no_graphs_but_runs_the_other_modes():
     assert resolve_step_mode(recipe(step_mode="compile"), model, CPU, work(64)) == "compile"
 
 
-def test_auto_records_what_nothing_keeps_from_it(monkeypatch, compiles):
+def test_auto_records_what_nothing_keeps_from_it(monkeypatch):
     model = make_base()
     assert resolve_step_mode(recipe(), model, GPU, work(64)) == "graph"
     assert resolve_step_mode(recipe(loss_kernel="liger"), model, GPU, work(64)) == "eager"

@@ -231,6 +231,30 @@ def test_the_longest_stack_is_the_decoder():
     assert decoder_layers(model) is model.get_base_model().model.layers
 
 
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, {"deterministic": True}),
+        ({"backend": "inductor"}, {"deterministic": True}),
+        ({"options": {"max_autotune": True}}, {"deterministic": True, "max_autotune": True}),
+        ({"options": {"deterministic": False}}, {"deterministic": False}),
+        ({"mode": "max-autotune"}, None),
+        ({"backend": "aot_eager"}, None),
+    ],
+)
+def test_pytorchs_compiler_repeats_its_choices_unless_it_is_told_to_tune(monkeypatch, given, options):
+    original, seen = torch.compile, []
+
+    def compile(function, **arguments):
+        seen.append(arguments)
+        return original(function, **arguments)  # which refuses options that it does not know
+
+    monkeypatch.setattr(torch, "compile", compile)
+    compile_layers(lora_model(2), **given)
+    assert seen
+    assert all(arguments.get("options") == options for arguments in seen)
+
+
 def test_it_is_public():
     assert graphlora.compile_layers is compile_layers
     assert "compile_layers" in graphlora.__all__

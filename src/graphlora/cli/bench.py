@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
         "--step_mode",
         type=Literal["eager", "compile"],
         default="eager",
-        help="compile: decoder layers and loss by torch.compile, as with graphlora train --step_mode compile",
+        help="compile: decoder layers and loss by torch.compile, as graphlora train has it for long runs on a GPU",
     )
     parser.add_argument("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")

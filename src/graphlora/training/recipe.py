@@ -154,8 +154,8 @@ class Recipe:
         "training",
         "how a step runs: eager, kernel by kernel; compile, decoder layers and loss by torch.compile, which takes "
         "seconds per shape of a batch and makes steps a fifth faster; graph, recorded once per shape as a CUDA graph, "
-        "for small models and short rows; compiled_graph, both; auto: graph for small models on an NVIDIA GPU, else "
-        "eager",
+        "for small models and short rows; compiled_graph, both; auto: on an NVIDIA GPU graph for small models, and "
+        "compiled where the run is long enough for it to pay",
         "auto",
     )
     loss_kernel: Literal["auto", "liger", "none"] = option(

@@ -30,10 +30,8 @@ RECORDABLE_ATTENTION = ("sdpa", "eager")
 # per shape, a little less and a little more than on an H200: 8.6, 29 and 20 ms at 2.8e11, 7e12 and 1.2e13; 8 to 14 s.
 SPARED_SECONDS, SPARED_PER_WORK = 6e-3, 1.2e-15
 COMPILING_SECONDS = 12.0
-# `auto` is to compile where that spares so many times what it takes. It waits for whole runs of `graphlora train` on a
-# GPU: steps and gradients were measured there, and runs on a CPU.
+# `auto` compiles where that spares so many times what it takes.
 WORTH = 2.0
-AUTO_COMPILES = False
 SHAPES_OF_PACKED_BATCHES = 4
 
 
@@ -100,7 +98,7 @@ def compiling_pays(num_parameters: int, work: Work) -> bool:
         num_parameters: Parameters of the model.
         work: What there is to do.
     """
-    if work.batches is None or not AUTO_COMPILES:
+    if work.batches is None:
         return False
     spared = work.batches * (SPARED_SECONDS + SPARED_PER_WORK * num_parameters * work.tokens)
     return spared >= WORTH * COMPILING_SECONDS * work.shapes
@@ -127,7 +125,7 @@ def resolve_step_mode(recipe: Recipe, model: PreTrainedModel, device: torch.devi
         return "eager"
     chosen = choose_step_mode(model.num_parameters(), recipe.per_device_train_batch_size, work, device)
     if recipe.deterministic:
-        # A compiler may choose between kernels by timing them.
+        # Compiled runs were compared bit for bit with one small model only.
         return "graph" if chosen in RECORDED else "eager"
     return chosen
 

@@ -48,7 +48,9 @@ def compile_layers(
         model: A transformers model, adapted or not, whose layers were not compiled yet.
         tell: Where the compiler fails on a forward, called with one line that says why, and training goes on
             uncompiled; left out: it raises what the compiler raised.
-        options: Options of `torch.compile`, as `backend` or `mode`.
+        options: Options of `torch.compile`, as `backend` or `mode`. Without either, kernels are chosen without timing
+            them where the choice decides in which order numbers are added, so that another process gets the same
+            bits; `options={"deterministic": False}` lets it time them.
 
     Returns:
         A handle whose `undo` makes the model as it was.
@@ -65,6 +67,7 @@ class CompiledLayers:
     def __init__(self, model: nn.Module, tell: Callable[[str], None] | None, options: dict[str, Any]) -> None:
         """Compile, see `compile_layers`."""
         self.tell, self.failed = tell, False
+        options = _repeatable(options)
         layers = list(decoder_layers(model))
         if any(isinstance(vars(layer).get("forward"), _CompiledForward) for layer in layers):
             raise GraphLoraError("the model's layers are compiled already; undo that first")
@@ -193,6 +196,17 @@ def reason_of(error: Exception) -> str:
     if len(lines) > 1 and lines[0].endswith("raised:"):
         lines = lines[1:]
     return lines[0] if lines else type(error).__name__
+
+
+def _repeatable(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `torch.compile` with which PyTorch's own compiler, if it is the one, repeats what it chose.
+
+    Its settings hold for the thread that makes them, and backwards are compiled in others: options go along. A mode is
+    left alone: those that tune do it by timing.
+    """
+    if options.get("backend", "inductor") != "inductor" or options.get("mode"):
+        return options
+    return options | {"options": {"deterministic": True} | (options.get("options") or {})}
 
 
 @contextmanager
