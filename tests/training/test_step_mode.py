@@ -101,6 +101,28 @@ def test_what_cannot_be_recorded_is_refused_and_avoided(monkeypatch, options, en
         resolve_step_mode(recipe(step_mode="graph", **options), model, GPU, work(64))
 
 
+@pytest.mark.parametrize("mode", ["compile", "graph"])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding attention needs two masks"),
+        (
+            {"_attn_implementation": "flash_attention_2"},
+            "flash_attention_2 (cannot mask|may wait for the device)",
+        ),
+    ],
+)
+def test_packed_rows_are_not_filled_up_where_attention_would_see_it(mode, changes, reason):
+    model = make_base()
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    packed = {"packing": True}
+    assert resolve_step_mode(recipe(**packed), model, GPU, work(64, 10**6)) == "eager"
+    with pytest.raises(GraphLoraError, match=rf"step_mode is {mode}, but .*{reason}.*; set step_mode to"):
+        resolve_step_mode(recipe(step_mode=mode, **packed), model, GPU, work(64))
+    assert resolve_step_mode(recipe(step_mode="compile"), model, GPU, work(64)) == "compile"
+
+
 def test_the_help_says_what_auto_takes():
     text = next(item for item in fields(Recipe) if item.name == "step_mode").metadata["help"]
     assert "auto: on an NVIDIA GPU graph for small models, and compiled where the run is long enough" in text

@@ -25,7 +25,7 @@ COMPILED: tuple[StepMode, ...] = ("compile", "compiled_graph")
 GRAPH_MAX_WORK, GRAPH_MAX_COMPILED_WORK = 8e12, 16e12
 # A recorded step holds its activations for good, so a large model keeps the eager step's freedom.
 GRAPH_MAX_PARAMETERS = 4e9
-RECORDABLE_ATTENTION = ("sdpa", "eager")
+MASKED_ATTENTION = ("sdpa", "eager")
 # What compiling spares a forward and backward, in seconds and in seconds per parameter times token, and what it takes
 # per shape, a little less and a little more than on an H200: 8.6, 29 and 20 ms at 2.8e11, 7e12 and 1.2e13; 8 to 14 s.
 SPARED_SECONDS, SPARED_PER_WORK = 6e-3, 1.2e-15
@@ -114,10 +114,13 @@ def resolve_step_mode(recipe: Recipe, model: PreTrainedModel, device: torch.devi
         work: What there is to do.
 
     Raises:
-        GraphLoraError: The recipe wants steps recorded that cannot be.
+        GraphLoraError: The recipe wants steps recorded or compiled that cannot be.
     """
-    reason = why_not_recorded(recipe, model, device)
-    if recipe.step_mode in RECORDED and reason is not None:
+    if recipe.step_mode == "compile":
+        reason = why_not_filled(recipe, model.config.get_text_config())
+    else:
+        reason = why_not_recorded(recipe, model, device)
+    if recipe.step_mode not in ("auto", "eager") and reason is not None:
         raise GraphLoraError(f"step_mode is {recipe.step_mode}, but {reason}; set step_mode to auto or eager")
     if recipe.step_mode != "auto":
         return recipe.step_mode
@@ -130,11 +133,27 @@ def resolve_step_mode(recipe: Recipe, model: PreTrainedModel, device: torch.devi
     return chosen
 
 
+def why_not_filled(recipe: Recipe, config: Any) -> str | None:
+    """What keeps packed rows from being filled up, which takes one mask for all layers; `None` where nothing does.
+
+    Args:
+        recipe: The run.
+        config: The model's text configuration.
+    """
+    attention = config._attn_implementation
+    if recipe.packing and {"sliding_attention", "chunked_attention"} & set(
+        getattr(config, "layer_types", None) or ()
+    ):
+        return "packing with a model of sliding attention needs two masks"
+    if recipe.packing and attention not in MASKED_ATTENTION:
+        return f"packed rows are filled up, which attn_implementation {attention} cannot mask (sdpa can)"
+    return None
+
+
 def why_not_recorded(recipe: Recipe, model: PreTrainedModel, device: torch.device) -> str | None:
     """What keeps the steps of a run from being recorded; `None` where nothing does."""
     config: Any = model.config.get_text_config()
     attention = config._attn_implementation
-    sliding = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
     reasons = {
         f"CUDA graphs need an NVIDIA GPU, not {device.type}": device.type != "cuda",
         "several processes train together": num_processes() > 1,
@@ -145,7 +164,6 @@ def why_not_recorded(recipe: Recipe, model: PreTrainedModel, device: torch.devic
         "fp16 looks at each loss on the host (bf16 does not)": recipe.fp16,
         "the backend eager of the adapter waits for the device": recipe.backend == "eager",
         f"attn_implementation {attention} may wait for the device (sdpa does not)": attention
-        not in RECORDABLE_ATTENTION,
-        "packing with a model of sliding attention needs two masks": recipe.packing and bool(sliding),
+        not in MASKED_ATTENTION,
     }
-    return next((text for text, holds in reasons.items() if holds), None)
+    return next((text for text, holds in reasons.items() if holds), why_not_filled(recipe, config))

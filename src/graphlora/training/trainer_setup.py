@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.arguments import compiler_options, training_arguments
-from graphlora.training.bucketing import Bucketed, bucket_positions
+from graphlora.training.bucketing import Bucketed, bucket_length, bucket_positions, packed_length
 from graphlora.training.callbacks import Progress, StreamEpochs
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
 from graphlora.training.recipe import RECORDED, Recipe
 from graphlora.training.run_data import RunData
-from graphlora.training.step_mode import COMPILED, StepMode
+from graphlora.training.step_mode import COMPILED, StepMode, why_not_filled
 from graphlora.training.stream_setup import stream_loader
 from graphlora.training.streaming import TokenStream
 from graphlora.training.trainer import AdapterTrainer
@@ -55,7 +56,7 @@ def make_trainer(
             "report_to is tensorboard, which is not installed; pip install tensorboard, or set report_to to none"
         )
     arguments = training_arguments(recipe, dtype, liger=liger)
-    collate = collator(recipe, model, tokenizer, bucketed=mode != "eager")
+    collate = collator(recipe, model, tokenizer, mode)
     stream = None
     if isinstance(data.train, TokenStream):
         stream = stream_loader(data.train, recipe, arguments, collate, checkpoint)
@@ -102,13 +103,26 @@ def _how(recipe: Recipe, mode: StepMode, modes: tuple[str, ...]) -> Literal["no"
 
 
 def collator(
-    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, bucketed: bool
+    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, mode: StepMode
 ) -> Callable[[Any], Any]:
     """What makes batches of rows: padded or packed, of few shapes where wanted, with logits where there are labels."""
     collate: Callable[[Any], Any] = packing_collator() if recipe.packing else padding_collator(tokenizer)
-    if bucketed:
+    round_up = _lengths(recipe, model, mode)
+    if round_up is not None:
         fill: Any = tokenizer.pad_token_id
-        collate = Bucketed(collate, fill, recipe.packing, recipe.max_length)
+        collate = Bucketed(collate, fill, recipe.packing, round_up)
     if not takes_answer_logits(model.get_base_model()):
         return collate
-    return AnswerLogits(collate, bucket_positions if bucketed else None)
+    return AnswerLogits(collate, None if mode == "eager" else bucket_positions)
+
+
+def _lengths(recipe: Recipe, model: PeftModel, mode: StepMode) -> Callable[[int], int] | None:
+    """How the lengths of batches are rounded up; `None` where any will do."""
+    if mode != "eager":
+        return partial(bucket_length, limit=None if recipe.packing else recipe.max_length)
+    base: Any = model.get_base_model()
+    config = base.config.get_text_config()
+    masked = (
+        recipe.packing and config._attn_implementation == "sdpa" and why_not_filled(recipe, config) is None
+    )
+    return packed_length if masked and base.device.type == "cuda" else None
