@@ -6,7 +6,7 @@ from typing import get_args
 
 from graphlora.training.captured import MAX_GRAPHS
 from graphlora.training.recipe import option_types
-from graphlora.training.step_mode import RECORDABLE_ATTENTION
+from graphlora.training.step_mode import MASKED_ATTENTION
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 
@@ -27,4 +27,4 @@ def test_every_step_mode_has_its_row():
 def test_limits_are_those_of_the_code():
     assert f"At most {MAX_GRAPHS} shapes" in PAGE
     assert "other than `sdpa` and `eager`" in PAGE
-    assert set(RECORDABLE_ATTENTION) == {"sdpa", "eager"}
+    assert set(MASKED_ATTENTION) == {"sdpa", "eager"}
