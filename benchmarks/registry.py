@@ -282,6 +282,39 @@ def _generate_case(shape: Shape, layers: int, batch: int, prompt: int, new: int,
     return Case("generate", f"{shape.name} {layers} layers batch{batch}", params, seconds)
 
 
+def _runs_case(
+    shape: Shape,
+    layers: int,
+    batch: int,
+    lengths: tuple[int, int],
+    packing: bool,
+    seconds: float,
+    names: list[str],
+) -> Case:
+    shortest, longest = lengths
+    params = {
+        "shape": shape.name, "layers": layers, "batch": batch, "shortest": shortest, "longest": longest,
+        "packing": packing, "r": 8, "candidates": names,
+    }  # fmt: skip
+    how = "packed" if packing else "padded"
+    return Case("runs", f"{shape.name} {layers} layers {batch} rows {how}", params, seconds)
+
+
+_LAUNCHED_OR_COMPILED = ["peft_eager", "peft_compile", "triton_eager", "triton_compile"]
+_RUNS = (
+    _runs_case(LLAMA3_8B, 8, 64, (20, 100), True, 150, _LAUNCHED_OR_COMPILED),
+    _runs_case(LLAMA3_8B, 8, 16, (200, 300), False, 150, _LAUNCHED_OR_COMPILED),
+    _runs_case(
+        SMOLLM2,
+        SMOLLM2.num_layers,
+        16,
+        (40, 120),
+        False,
+        180,
+        ["peft_eager", "peft_compiledgraph", "triton_eager", "triton_graph", "triton_compiledgraph"],
+    ),
+)
+
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -410,6 +443,21 @@ SUITES: dict[str, Suite] = {
             "generate",
             tuple(_generate_case(LLAMA3_8B, 8, batch, 128, 64, 100) for batch in (1, 8)),
             (_generate_case(TINY, 2, 2, 6, 4, 1),),
+        ),
+        Suite(
+            "runs",
+            _RUNS,
+            (
+                _runs_case(
+                    TINY,
+                    2,
+                    2,
+                    (5, 12),
+                    True,
+                    1,
+                    ["peft_eager", "triton_eager", "triton_compile", "triton_graph"],
+                ),
+            ),
         ),
         Suite("small", _SMALL, _shaped("small", (TINY,), 1, batch=2, length=16)),
         Suite(
