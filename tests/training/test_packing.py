@@ -1,22 +1,28 @@
 """Packed rows: no token sees another document, and what fills a row up to its bucket counts nowhere."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_llama import PAD, VOCAB, assert_same, gradients, loads, make_base, make_model
 
 from graphlora.training import Recipe, run, train, trainer_setup
-from graphlora.training.bucketing import (
-    TOKEN_MASK,
-    Bucketed,
-    bucket_length,
-    bucket_positions,
-    packed_attention_mask,
-    packed_length,
-)
+from graphlora.training.bucketing import Bucketed, bucket_length, bucket_positions
 from graphlora.training.data import IGNORED, AnswerLogits, packing_collator
+from graphlora.training.packing import (
+    BLOCKED_SDPA,
+    TOKEN_MASK,
+    BlockCollator,
+    Blocks,
+    blocked_attention,
+    few_shapes,
+    first_fit,
+    little_filling,
+    one_block,
+    packed_attention_mask,
+)
 
 LENGTHS = (7, 12, 4)
 
@@ -37,56 +43,72 @@ def inputs_of(batch: dict, attention: str) -> dict:
     return batch
 
 
-@pytest.fixture(params=["sdpa", "eager"])
-def attention(request) -> str:
-    return request.param
-
-
 def adapted(attention: str) -> torch.nn.Module:
     base = make_base()
     base.set_attn_implementation(attention)
     return make_model(base=base)
 
 
+def two_blocks(lengths) -> Blocks:
+    """The second row alone, the others behind each other; filled up by one and by two tokens."""
+    assert tuple(lengths) == LENGTHS
+    return Blocks([[0, 2], [1]], 13)
+
+
 COLLATORS = {
     "packed": packing_collator(),
-    "filled": Bucketed(packing_collator(), PAD, packing=True),
+    "filled": BlockCollator(PAD, one_block),
+    "blocks": BlockCollator(PAD, two_blocks),
+}
+# Attention and collator; other attention than sdpa takes no blocks.
+WAYS = [("sdpa", "packed"), ("sdpa", "filled"), ("sdpa", "blocks"), ("eager", "packed"), ("eager", "filled")]
+# Where each document's tokens are.
+PLACES = {
+    "packed": [(0, 7), (7, 19), (19, 23)],
+    "filled": [(0, 7), (7, 19), (19, 23)],
+    "blocks": [(0, 7), (13, 25), (7, 11)],
 }
 
 
-@pytest.mark.parametrize("how", COLLATORS)
+def forward(model, batch: dict, attention: str, **more):
+    with blocked_attention(model.get_base_model(), TOKEN_MASK in batch):
+        return model(**inputs_of(batch, attention), **more)
+
+
+@pytest.mark.parametrize(("attention", "how"), WAYS)
 def test_each_document_has_the_logits_that_it_has_alone(attention, how):
     model = adapted(attention).eval()
     rows = documents()
-    batch = inputs_of(COLLATORS[how](rows), attention)
     with torch.no_grad():
-        together = model(**batch).logits[0]
-        alone = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows])
-    assert together.shape[0] == (sum(LENGTHS) if how == "packed" else 32)
-    torch.testing.assert_close(together[: len(alone)], alone, rtol=1e-4, atol=1e-5)
+        together = forward(model, COLLATORS[how](rows), attention).logits[0]
+        for row, (start, end) in zip(rows, PLACES[how], strict=True):
+            alone = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+            torch.testing.assert_close(together[start:end], alone, rtol=1e-4, atol=1e-5)
+    assert together.shape[0] == {"packed": sum(LENGTHS), "filled": 32, "blocks": 26}[how]
 
 
-@pytest.mark.parametrize("how", COLLATORS)
+@pytest.mark.parametrize(("attention", "how"), WAYS)
 def test_no_token_depends_on_another_document(attention, how):
     """Changing the middle document changes the logits of its own tokens alone."""
     model = adapted(attention).eval()
     rows, others = documents(0), documents(0)
     others[1] = documents(1)[1]
     with torch.no_grad():
-        one, other = (model(**inputs_of(COLLATORS[how](r), attention)).logits[0] for r in (rows, others))
+        one, other = (forward(model, COLLATORS[how](r), attention).logits[0] for r in (rows, others))
     changed = (one - other).abs().amax(dim=-1) > 1e-6
-    first, second = LENGTHS[0], LENGTHS[0] + LENGTHS[1]
-    assert changed[first:second].all()
-    assert not changed[:first].any()
-    assert not changed[second : sum(LENGTHS)].any()
+    first, second, third = PLACES[how]
+    assert changed[slice(*second)].all()
+    assert not changed[slice(*first)].any()
+    assert not changed[slice(*third)].any()
 
 
-def test_filling_up_changes_no_loss_gradient_or_load(attention):
+@pytest.mark.parametrize(("attention", "how"), [way for way in WAYS if way[1] != "packed"])
+def test_filling_up_changes_no_loss_gradient_or_load(attention, how):
     found = []
-    for how in COLLATORS.values():
+    for collate in (COLLATORS["packed"], COLLATORS[how]):
         model = adapted(attention)
-        batch = AnswerLogits(how, bucket_positions)(documents())
-        out = model(**inputs_of(batch, attention), num_items_in_batch=torch.tensor(11))
+        batch = AnswerLogits(collate, bucket_positions)(documents())
+        out = forward(model, batch, attention, num_items_in_batch=torch.tensor(11))
         out.loss.backward()
         found.append(
             ({"loss": out.loss.detach(), "aux": out.aux_loss.detach()}, gradients(model), loads(model))
@@ -111,10 +133,74 @@ def test_packed_rows_count_the_labels_that_padded_rows_count():
 def test_a_filled_row_has_a_last_document_without_labels():
     batch = COLLATORS["filled"](documents())
     length = sum(LENGTHS)
-    assert batch["input_ids"].shape == (1, 32)
+    assert batch["input_ids"].shape == batch[TOKEN_MASK].shape == (1, 32)
     assert batch["position_ids"][0, length:].tolist() == list(range(32 - length))
     assert (batch["labels"][0, length:] == IGNORED).all()
     assert batch[TOKEN_MASK].sum() == length
+
+
+def test_blocks_hold_the_rows_as_they_are():
+    rows = documents()
+    batch = COLLATORS["blocks"](rows)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    for row, (start, end) in zip(rows, PLACES["blocks"], strict=True):
+        assert ids[start:end].tolist() == row["input_ids"]
+        assert labels[start:end].tolist() == [IGNORED, *row["labels"][1:]]
+        assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
+    assert batch[TOKEN_MASK].tolist() == [[True] * 11 + [False] * 2, [True] * 12 + [False]]
+    assert (ids[~batch[TOKEN_MASK].view(-1)] == PAD).all()
+
+
+def test_attention_is_given_back():
+    model = adapted("sdpa")
+    config = model.get_base_model().config
+    with blocked_attention(model.get_base_model(), True), blocked_attention(model.get_base_model(), True):
+        assert config._attn_implementation == BLOCKED_SDPA
+    assert config._attn_implementation == "sdpa"
+    with blocked_attention(adapted("eager").get_base_model(), True):
+        pass
+    with blocked_attention(model.get_base_model(), False):
+        assert config._attn_implementation == "sdpa"
+
+
+def check(blocks: Blocks, lengths: list[int]) -> None:
+    assert sorted(row for block in blocks.rows for row in block) == list(range(len(lengths)))
+    assert all(block == sorted(block) for block in blocks.rows)
+    assert max(sum(lengths[row] for row in block) for block in blocks.rows) <= blocks.length
+
+
+@given(lengths=st.lists(st.integers(1, 700), min_size=1, max_size=90))
+def test_every_row_lies_in_one_block_that_has_room_for_it(lengths):
+    longest, total = max(lengths), sum(lengths)
+    for step in (8, 32):
+        blocks = little_filling(lengths, step)
+        check(blocks, lengths)
+        assert blocks.length % step == 0
+        assert blocks.length <= max(256, longest + step - 1)
+        assert len(blocks.rows) <= len(first_fit(lengths, max(256, -(-longest // step) * step)))
+    few = few_shapes(lengths)
+    check(few, lengths)
+    assert len(few.rows) == 1 or few.length == max(512, bucket_length(longest))
+    check(one_block(lengths), lengths)
+    assert len(one_block(lengths).rows) == 1
+    # First fit never leaves two blocks that are both at most half full.
+    capacity = max(512, longest)
+    halves = [
+        block for block in first_fit(lengths, capacity) if sum(lengths[r] for r in block) <= capacity / 2
+    ]
+    assert len(halves) <= 1
+    assert len(first_fit(lengths, capacity)) >= total / capacity
+
+
+def test_little_is_filled_up_and_shapes_are_few():
+    """Short texts: the shapes of a run, and the share of tokens that count in none of them."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(20, 100, (64,), generator=generator).tolist() for _ in range(200)]
+    for layout, share, most in ((few_shapes, 0.1, 4), (lambda rows: little_filling(rows, 32), 0.05, 12)):
+        found = [layout(batch) for batch in batches]
+        laid = sum(len(blocks.rows) * blocks.length for blocks in found)
+        assert laid - sum(map(sum, batches)) < share * laid
+        assert len({(len(blocks.rows), blocks.length) for blocks in found}) <= most
 
 
 @pytest.mark.parametrize("limit", [None, 60])
@@ -124,7 +210,7 @@ def test_padded_rows_are_filled_up_to_the_models_window(limit):
             name: torch.ones(2, 57, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")
         }
 
-    batch = Bucketed(collate, PAD, packing=False, round_up=partial(bucket_length, limit=limit))([])
+    batch = Bucketed(collate, PAD, limit=limit)([])
     width = 64 if limit is None else 60
     assert {value.shape for value in batch.values()} == {(2, width)}
     assert (batch["input_ids"][:, 57:] == PAD).all()
@@ -138,31 +224,30 @@ def test_lengths_are_few_and_waste_little():
     for length in range(1, 4097):
         assert length <= bucket_length(length) <= max(length + 31, 1.25 * length)
         assert bucket_length(length, limit=length) == length
-    assert {packed_length(length) for length in range(1, 4097)} == set(range(64, 4097, 64))
-    assert all(0 <= packed_length(length) - length < 64 for length in range(1, 4097))
     assert [bucket_positions(count) for count in (0, 1, 16, 17, 100)] == [16, 16, 16, 32, 128]
 
 
 @pytest.mark.parametrize(
-    ("options", "mode", "device", "attention", "layers", "expected"),
+    ("mode", "device", "attention", "layers", "supported", "expected"),
     [
-        ({"packing": True}, "eager", "cuda", "sdpa", None, [64, 320, 4096]),
-        ({"packing": True}, "eager", "cpu", "sdpa", None, None),
-        ({"packing": True}, "eager", "cuda", "flash_attention_2", None, None),
-        ({"packing": True}, "eager", "cuda", "sdpa", ["sliding_attention"], None),
-        ({"packing": False}, "eager", "cuda", "sdpa", None, None),
-        ({"packing": True}, "compile", "cpu", "sdpa", None, [32, 320, 4096]),
-        ({"packing": False, "max_length": 260}, "graph", "cuda", "sdpa", None, [32, 260, 4090]),
+        ("eager", "cuda", "sdpa", None, True, (12, 256)),
+        ("eager", "cpu", "sdpa", None, True, (12, 256)),
+        ("compile", "cpu", "sdpa", None, True, (7, 512)),
+        ("graph", "cuda", "eager", None, True, (1, 3072)),
+        ("compile", "cuda", "sdpa", None, False, (1, 3072)),
+        ("eager", "cuda", "sdpa", None, False, None),
+        ("eager", "cuda", "flash_attention_2", None, True, None),
+        ("eager", "cuda", "sdpa", ["sliding_attention"], True, None),
     ],
 )
-def test_lengths_are_rounded_up_where_it_pays(options, mode, device, attention, layers, expected):
+def test_rows_lie_in_blocks_where_attention_takes_them(mode, device, attention, layers, supported, expected):
     config = SimpleNamespace(_attn_implementation=attention, layer_types=layers)
-    base = SimpleNamespace(
-        device=torch.device(device), config=SimpleNamespace(get_text_config=lambda: config)
-    )
-    recipe = Recipe.from_dict({"model": "m", "task": "quiz", "output_dir": "out"} | options)
-    round_up = trainer_setup._lengths(recipe, SimpleNamespace(get_base_model=lambda: base), mode)
-    assert (None if round_up is None else [round_up(n) for n in (20, 258, 4090)]) == expected
+    config.get_text_config = lambda: config
+    base = SimpleNamespace(device=torch.device(device), config=config, _supports_attention_backend=supported)
+    recipe = Recipe.from_dict({"model": "m", "task": "quiz", "output_dir": "out", "packing": True})
+    layout = trainer_setup._layout(recipe, SimpleNamespace(get_base_model=lambda: base), mode)
+    blocks = None if layout is None else layout([100, 156] * 12)
+    assert (None if blocks is None else (len(blocks.rows), blocks.length)) == expected
 
 
 def test_padded_packed_and_filled_runs_learn_the_same(tiny_recipe, monkeypatch):
@@ -180,19 +265,17 @@ def test_padded_packed_and_filled_runs_learn_the_same(tiny_recipe, monkeypatch):
     results = [train(recipe), train(recipe.changed(packing=True), overwrite=True)]
     monkeypatch.setattr(run, "resolve_step_mode", lambda *_: "graph")
     results += [train(recipe.changed(packing=packing), overwrite=True) for packing in (False, True)]
-    # As on a GPU, whose attention wants few lengths.
     monkeypatch.setattr(run, "resolve_step_mode", lambda *_: "eager")
-    monkeypatch.setattr(trainer_setup, "_lengths", lambda *_: packed_length)
+    # Layers that are run again in backward get their attention by blocks there, too.
+    results += [train(recipe.changed(packing=True, gradient_checkpointing=True), overwrite=True)]
+    assert results[-1].model.config._attn_implementation == "sdpa"
+    # As for attention that finds the rows' borders itself.
+    monkeypatch.setattr(trainer_setup, "_layout", lambda *_: None)
     results += [train(recipe.changed(packing=True), overwrite=True)]
-    assert [result.metrics["step_mode"] for result in results] == [
-        "eager",
-        "eager",
-        "graph",
-        "graph",
-        "eager",
-    ]
+    modes = [result.metrics["step_mode"] for result in results]
+    assert modes == ["eager", "eager", "graph", "graph", "eager", "eager"]
     assert len({int(trainer.tokens_seen) for trainer in seen}) == 1
     assert int(seen[0].tokens_seen) > 0
     for name in ("train_loss", "eval_loss", "eval_acc"):
         values = [result.metrics[name] for result in results]
-        assert values == pytest.approx([values[0]] * 5, rel=1e-3), name
+        assert values == pytest.approx([values[0]] * 6, rel=1e-3), name

@@ -125,9 +125,17 @@ def compiled(recipe: dict, **options) -> Recipe:
 
 
 @GRADS
-@pytest.mark.parametrize("mode", ["compile", "compiled_graph"])
-def test_compiled_steps_learn_what_eager_ones_learn(tiny_recipe, monkeypatch, mode):
-    options = tiny_recipe | {"lora_dropout": 0.0, "max_steps": 3, "eval_strategy": "no"}
+@pytest.mark.parametrize(
+    ("mode", "packing"), [("compile", False), ("compile", True), ("compiled_graph", False)]
+)
+def test_compiled_steps_learn_what_eager_ones_learn(tiny_recipe, monkeypatch, mode, packing):
+    options = tiny_recipe | {
+        "lora_dropout": 0.0,
+        "max_steps": 3,
+        "eval_strategy": "no",
+        "packing": packing,
+        "per_device_train_batch_size": 48 if packing else 4,
+    }
     eager = train(Recipe.from_dict(options))
     monkeypatch.setattr(run, "resolve_step_mode", lambda *_: mode)
     result = train(compiled(options), overwrite=True)

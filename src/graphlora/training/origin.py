@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphlora.training.bucketing import TOKEN_MASK
+from graphlora.training.packing import TOKEN_MASK
 
 MAX_ROWS = 4
 MAX_TEXT = 60
@@ -190,7 +190,7 @@ def batch_rows(inputs: dict[str, Any]) -> list[list[int]]:
     """Token ids of each row of a batch, without padding; of a packed batch, of each document."""
     ids = inputs["input_ids"].cpu()
     mask = inputs.get("attention_mask", inputs.get(TOKEN_MASK))
-    counted = torch.ones_like(ids) if mask is None else mask.cpu()
+    counted = torch.ones_like(ids) if mask is None else mask.cpu().view(ids.shape)
     positions = inputs.get("position_ids")
     if positions is not None and len(ids) == 1:
         starts = (positions.cpu()[0] == 0).nonzero().flatten().tolist()

@@ -25,7 +25,6 @@ from graphlora.errors import GraphLoraError
 from graphlora.evaluation.encoding import Scoring
 from graphlora.evaluation.multiple_choice import score_examples, summarize
 from graphlora.tasks.example import Example
-from graphlora.training.bucketing import TOKEN_MASK, packed_attention_mask
 from graphlora.training.callbacks import routing_summary
 from graphlora.training.captured import CapturedSteps
 from graphlora.training.checkpoints import (
@@ -39,6 +38,7 @@ from graphlora.training.checkpoints import (
     writing,
 )
 from graphlora.training.nonfinite import NonFiniteError
+from graphlora.training.packing import TOKEN_MASK, blocked_attention, packed_attention_mask
 from graphlora.training.resumed_trainer import ResumedTrainer
 from graphlora.training.streaming import StreamLoader, write_place
 from graphlora.tuner.compiled_layers import NUM_ITEMS, compile_layers, compiler_errors, reason_of
@@ -113,6 +113,7 @@ class AdapterTrainer(ResumedTrainer):
         compiles_steps: Literal["no", "yes", "if_possible"] = "no",
         compiler: dict[str, Any] | None = None,
         stream: StreamLoader | None = None,
+        blocks: bool = False,
         **kwargs: Any,
     ) -> None:
         """Set up training.
@@ -129,10 +130,12 @@ class AdapterTrainer(ResumedTrainer):
             compiles_steps: Compile decoder layers and loss (`compile_layers`) while training; `"if_possible"` goes on
                 uncompiled where that fails.
             compiler: Options of `compile_layers`.
+            blocks: Rows come in blocks (`BlockCollator`).
             stream: Batches that are read while training, in place of a loader of `train_dataset`.
             kwargs: Arguments of `GuardedTrainer` and `Trainer`.
         """
         self.stream = stream
+        self._blocks = blocks
         self.validation = validation
         self.scoring: Scoring = scoring
         self.loraplus_lr_ratio = loraplus_lr_ratio
@@ -194,7 +197,7 @@ class AdapterTrainer(ResumedTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; compiled layers, recorded steps and their memory are let go at the end."""
         try:
-            with self._compiled_layers():
+            with blocked_attention(self._base(), self._blocks), self._compiled_layers():
                 return super().train(*args, **kwargs)
         finally:
             self._captured = None
@@ -213,19 +216,28 @@ class AdapterTrainer(ResumedTrainer):
             with compile_layers(self.accelerator.unwrap_model(self.model), tell=tell, **self._compiler):
                 yield
 
+    def _base(self) -> Any:
+        """The transformers model within."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model()
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self._captured is None:
             return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_(self._captured.parameters, self.args.max_grad_norm)
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss; outside of training too, rows in blocks get attention by blocks."""
+        with blocked_attention(self._base(), self._blocks):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
-        """Inputs on the device; of a packed row with tokens that do not count, also its attention mask."""
+        """Inputs on the device; of rows in blocks, also their attention mask."""
         prepared: Any = super()._prepare_inputs(inputs)
         counted = prepared.pop(TOKEN_MASK, None)
         if counted is not None:
-            model: Any = self.accelerator.unwrap_model(self.model)
-            additive = model.config._attn_implementation == "eager"
-            dtype = model.get_base_model().dtype
+            model = self._base()
+            additive, dtype = model.config._attn_implementation == "eager", model.dtype
             prepared["attention_mask"] = packed_attention_mask(
                 prepared["position_ids"], counted, dtype if additive else None
             )
@@ -234,8 +246,7 @@ class AdapterTrainer(ResumedTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in `Trainer`, which counts the parameters anew at each step: longer than a small model's step."""
         if self._num_parameters is None:
-            model: Any = self.accelerator.unwrap_model(self.model)
-            self._num_parameters = model.get_base_model().num_parameters(exclude_embeddings=True)
+            self._num_parameters = self._base().num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._num_parameters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

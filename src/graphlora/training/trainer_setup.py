@@ -15,9 +15,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.arguments import compiler_options, training_arguments
-from graphlora.training.bucketing import Bucketed, bucket_length, bucket_positions, packed_length
+from graphlora.training.bucketing import Bucketed, bucket_positions
 from graphlora.training.callbacks import Progress, StreamEpochs
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
+from graphlora.training.packing import (
+    BlockCollator,
+    Layout,
+    few_shapes,
+    little_filling,
+    one_block,
+    takes_blocks,
+)
 from graphlora.training.recipe import RECORDED, Recipe
 from graphlora.training.run_data import RunData
 from graphlora.training.step_mode import COMPILED, StepMode, why_not_filled
@@ -66,6 +74,7 @@ def make_trainer(
             args=arguments,
             train_dataset=None if isinstance(data.train, TokenStream) else data.train.rows,
             stream=stream,
+            blocks=recipe.packing,
             eval_dataset=data.validation.rows if data.validation else None,
             data_collator=collate,
             tokenizer=tokenizer,
@@ -106,23 +115,30 @@ def collator(
     recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, mode: StepMode
 ) -> Callable[[Any], Any]:
     """What makes batches of rows: padded or packed, of few shapes where wanted, with logits where there are labels."""
-    collate: Callable[[Any], Any] = packing_collator() if recipe.packing else padding_collator(tokenizer)
-    round_up = _lengths(recipe, model, mode)
-    if round_up is not None:
-        fill: Any = tokenizer.pad_token_id
-        collate = Bucketed(collate, fill, recipe.packing, round_up)
+    fill: Any = tokenizer.pad_token_id
+    layout = _layout(recipe, model, mode) if recipe.packing else None
+    collate: Callable[[Any], Any]
+    if layout is not None:
+        collate = BlockCollator(fill, layout)
+    elif recipe.packing:
+        collate = packing_collator()
+    elif mode != "eager":
+        collate = Bucketed(padding_collator(tokenizer), fill, recipe.max_length)
+    else:
+        collate = padding_collator(tokenizer)
     if not takes_answer_logits(model.get_base_model()):
         return collate
     return AnswerLogits(collate, None if mode == "eager" else bucket_positions)
 
 
-def _lengths(recipe: Recipe, model: PeftModel, mode: StepMode) -> Callable[[int], int] | None:
-    """How the lengths of batches are rounded up; `None` where any will do."""
-    if mode != "eager":
-        return partial(bucket_length, limit=None if recipe.packing else recipe.max_length)
+def _layout(recipe: Recipe, model: PeftModel, mode: StepMode) -> Layout | None:
+    """How rows are laid into blocks; `None` where they are joined as they come, and the model finds their borders."""
     base: Any = model.get_base_model()
-    config = base.config.get_text_config()
-    masked = (
-        recipe.packing and config._attn_implementation == "sdpa" and why_not_filled(recipe, config) is None
-    )
-    return packed_length if masked and base.device.type == "cuda" else None
+    if why_not_filled(recipe, base.config.get_text_config()) is not None:
+        return None
+    if not takes_blocks(base):
+        return None if mode == "eager" else one_block
+    if mode != "eager":
+        return few_shapes
+    # On Hopper GPUs PyTorch gives masked attention to cuDNN, which plans each shape that it has not seen, on the host.
+    return partial(little_filling, step=32 if base.device.type == "cuda" else 8)

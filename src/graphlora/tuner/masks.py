@@ -92,7 +92,10 @@ def _flatten(mask: Any, tokens: Tensor | None) -> Tensor | None:
         return (mask if tokens is None else mask[:, -tokens.shape[1] :]).reshape(-1) != 0
     if isinstance(mask, Tensor) and mask.dim() == 4:
         allowed = _sees_itself(mask)
-        return (allowed if tokens is None else allowed.expand(tokens.shape[0], -1)).reshape(-1)
+        # One row may lie in several blocks, each with a mask of its own.
+        if tokens is not None and allowed.shape[0] == 1:
+            allowed = allowed.expand(tokens.shape[0], -1)
+        return allowed.reshape(-1)
     shape = f" with {mask.dim()} dimensions" if isinstance(mask, Tensor) else ""
     warn_once(f"an attention mask of type {type(mask).__name__}{shape} is unknown")
     return None
