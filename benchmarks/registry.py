@@ -315,6 +315,17 @@ _RUNS = (
     ),
 )
 
+
+def _packing_case(
+    suite: str, shape: Shape, layers: int, rows: int, model: str, dtype: str, seconds: float
+) -> Case:
+    params = {
+        "shape": shape.name, "layers": layers, "rows": rows, "shortest": 20, "longest": 100, "model": model,
+        "dtype": dtype, "seconds": 0.6 * seconds,
+    }  # fmt: skip
+    return Case(suite, f"{shape.name} {layers} layers {rows} rows", params, seconds)
+
+
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -458,6 +469,23 @@ SUITES: dict[str, Suite] = {
                     ["peft_eager", "triton_eager", "triton_compile", "triton_graph"],
                 ),
             ),
+        ),
+        Suite(
+            "packing",
+            tuple(
+                _packing_case("packing", LLAMA3_8B, 8, rows, "triton_r8", "bfloat16", 60)
+                for rows in (16, 64, 256)
+            ),
+            (_packing_case("packing", TINY, 2, 4, "triton_r8", "float32", 1),),
+        ),
+        Suite(
+            "cpu_packing",
+            tuple(
+                _packing_case("cpu_packing", SMOLLM2, SMOLLM2.num_layers, rows, "torch_r8", "bfloat16", 250)
+                for rows in (8, 32)
+            ),
+            (_packing_case("cpu_packing", TINY, 2, 4, "torch_r8", "float32", 1),),
+            "cpu",
         ),
         Suite("small", _SMALL, _shaped("small", (TINY,), 1, batch=2, length=16)),
         Suite(

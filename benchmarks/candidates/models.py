@@ -24,6 +24,7 @@ from benchmarks.shapes import Shape
 from graphlora import GraphLoraConfig
 from graphlora.benchmark.random_model import twin
 from graphlora.benchmark.timing import Call, Stopwatch
+from graphlora.training.data import IGNORED
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", *PROJECTIONS]
 # Rank of the experts whose number of FFN weights `peft_sized` matches.
@@ -179,6 +180,17 @@ def random_tokens(shape: Shape, batch: int, length: int, device: torch.device, s
     """`[batch, length]` random token ids."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randint(0, shape.vocab_size, (batch, length), device=device, generator=generator)
+
+
+def random_rows(shape: Shape, count: int, shortest: int, longest: int) -> list[dict[str, list[int]]]:
+    """Rows of random tokens and of lengths between two bounds, with labels on their last quarter."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in torch.randint(shortest, longest + 1, (count,), generator=generator).tolist():
+        ids = torch.randint(3, shape.vocab_size, (length,), generator=generator).tolist()
+        asked = length - max(1, length // 4)
+        rows.append({"input_ids": ids, "labels": [IGNORED] * asked + ids[asked:]})
+    return rows
 
 
 def step_flops(shape: Shape, num_layers: int, tokens: int, length: int, num_adapter: int) -> float:

@@ -13,14 +13,14 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainerCallback
 
 from benchmarks.candidates.ffn import compiler_of
-from benchmarks.candidates.models import model_config
+from benchmarks.candidates.models import model_config, random_rows
 from benchmarks.context import Context
 from benchmarks.failures import NotHere, failures
 from benchmarks.shapes import SHAPES, Shape
 from graphlora.benchmark.random_model import random_model, twin
 from graphlora.benchmark.timing import describe_error, release, summarize, synchronize
 from graphlora.training import Recipe, train
-from graphlora.training.data import IGNORED, Encoded
+from graphlora.training.data import Encoded
 from graphlora.training.recipe import RECORDED
 from graphlora.training.run_data import RunData
 from graphlora.training.workbench import Workbench
@@ -143,14 +143,9 @@ class _Bench(Workbench):
 
     def data(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         """Rows of lengths between two bounds, with labels on their last quarter."""
-        generator = torch.Generator().manual_seed(0)
-        shortest, longest, size = self._params["shortest"], self._params["longest"], self._shape.vocab_size
+        shortest, longest = self._params["shortest"], self._params["longest"]
         count = recipe.max_steps * recipe.per_device_train_batch_size
-        rows = []
-        for length in torch.randint(shortest, longest + 1, (count,), generator=generator).tolist():
-            ids = torch.randint(3, size, (length,), generator=generator).tolist()
-            asked = length - max(1, length // 4)
-            rows.append({"input_ids": ids, "labels": [IGNORED] * asked + ids[asked:]})
+        rows = random_rows(self._shape, count, shortest, longest)
         names = [f"row {number}" for number in range(count)]
         return RunData(Encoded(rows, longest=longest, names=names), None, {}, "plain", "")
 
