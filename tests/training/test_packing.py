@@ -232,6 +232,7 @@ def test_lengths_are_few_and_waste_little():
     [
         ("eager", "cuda", "sdpa", None, True, (12, 256)),
         ("eager", "cpu", "sdpa", None, True, (12, 256)),
+        ("eager", "cuda2", "sdpa", None, True, None),
         ("compile", "cpu", "sdpa", None, True, (7, 512)),
         ("graph", "cuda", "eager", None, True, (1, 3072)),
         ("compile", "cuda", "sdpa", None, False, (1, 3072)),
@@ -243,9 +244,10 @@ def test_lengths_are_few_and_waste_little():
 def test_rows_lie_in_blocks_where_attention_takes_them(mode, device, attention, layers, supported, expected):
     config = SimpleNamespace(_attn_implementation=attention, layer_types=layers)
     config.get_text_config = lambda: config
-    base = SimpleNamespace(device=torch.device(device), config=config, _supports_attention_backend=supported)
+    base = SimpleNamespace(config=config, _supports_attention_backend=supported)
+    arguments = SimpleNamespace(device=torch.device(device.rstrip("2")), n_gpu=2 if device == "cuda2" else 1)
     recipe = Recipe.from_dict({"model": "m", "task": "quiz", "output_dir": "out", "packing": True})
-    layout = trainer_setup._layout(recipe, SimpleNamespace(get_base_model=lambda: base), mode)
+    layout = trainer_setup._layout(recipe, SimpleNamespace(get_base_model=lambda: base), mode, arguments)
     blocks = None if layout is None else layout([100, 156] * 12)
     assert (None if blocks is None else (len(blocks.rows), blocks.length)) == expected
 

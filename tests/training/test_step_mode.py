@@ -1,6 +1,7 @@
 """Which mode a run takes, and what is refused with its reason."""
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from graphlora.training.step_mode import (
     choose_step_mode,
     compiling_pays,
     resolve_step_mode,
+    why_not_filled,
     why_not_recorded,
     work_of,
 )
@@ -121,6 +123,23 @@ def test_packed_rows_are_not_filled_up_where_attention_would_see_it(mode, change
     with pytest.raises(GraphLoraError, match=rf"step_mode is {mode}, but .*{reason}.*; set step_mode to"):
         resolve_step_mode(recipe(step_mode=mode, **packed), model, GPU, work(64))
     assert resolve_step_mode(recipe(step_mode="compile"), model, GPU, work(64)) == "compile"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}, True),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 63}, False),
+        ({"layer_types": ["full_attention"], "sliding_window": 8}, True),
+        ({"sliding_window": 64}, True),
+        ({"sliding_window": 63}, False),  # Mistral names no layers
+        ({"layer_types": ["chunked_attention"]}, False),
+        ({}, True),
+    ],
+)
+def test_a_window_that_holds_every_row_does_not_slide(changes, fits):
+    config = SimpleNamespace(_attn_implementation="sdpa", **changes)
+    assert (why_not_filled(recipe(packing=True, max_length=64), config) is None) == fits
 
 
 def test_the_help_says_what_auto_takes():

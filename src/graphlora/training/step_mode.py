@@ -141,13 +141,21 @@ def why_not_filled(recipe: Recipe, config: Any) -> str | None:
         config: The model's text configuration.
     """
     attention = config._attn_implementation
-    if recipe.packing and {"sliding_attention", "chunked_attention"} & set(
-        getattr(config, "layer_types", None) or ()
-    ):
+    if recipe.packing and _slides(config, recipe.max_length):
         return "packing with a model of sliding attention needs two masks"
     if recipe.packing and attention not in MASKED_ATTENTION:
         return f"packed rows are filled up, which attn_implementation {attention} cannot mask (sdpa can)"
     return None
+
+
+def _slides(config: Any, longest: int | None) -> bool:
+    """Whether a row of this length sees less than all that is before it, in some layer."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if "chunked_attention" in kinds:
+        return True
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds if kinds else window is not None
+    return slides and (window is None or longest is None or longest > window)
 
 
 def why_not_recorded(recipe: Recipe, model: PreTrainedModel, device: torch.device) -> str | None:

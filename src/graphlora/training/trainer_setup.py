@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -64,7 +64,7 @@ def make_trainer(
             "report_to is tensorboard, which is not installed; pip install tensorboard, or set report_to to none"
         )
     arguments = training_arguments(recipe, dtype, liger=liger)
-    collate = collator(recipe, model, tokenizer, mode)
+    collate = collator(recipe, model, tokenizer, mode, arguments)
     stream = None
     if isinstance(data.train, TokenStream):
         stream = stream_loader(data.train, recipe, arguments, collate, checkpoint)
@@ -112,11 +112,15 @@ def _how(recipe: Recipe, mode: StepMode, modes: tuple[str, ...]) -> Literal["no"
 
 
 def collator(
-    recipe: Recipe, model: PeftModel, tokenizer: PreTrainedTokenizerBase, mode: StepMode
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    mode: StepMode,
+    arguments: TrainingArguments,
 ) -> Callable[[Any], Any]:
     """What makes batches of rows: padded or packed, of few shapes where wanted, with logits where there are labels."""
     fill: Any = tokenizer.pad_token_id
-    layout = _layout(recipe, model, mode) if recipe.packing else None
+    layout = _layout(recipe, model, mode, arguments) if recipe.packing else None
     collate: Callable[[Any], Any]
     if layout is not None:
         collate = BlockCollator(fill, layout)
@@ -131,14 +135,15 @@ def collator(
     return AnswerLogits(collate, None if mode == "eager" else bucket_positions)
 
 
-def _layout(recipe: Recipe, model: PeftModel, mode: StepMode) -> Layout | None:
+def _layout(recipe: Recipe, model: PeftModel, mode: StepMode, arguments: TrainingArguments) -> Layout | None:
     """How rows are laid into blocks; `None` where they are joined as they come, and the model finds their borders."""
     base: Any = model.get_base_model()
     if why_not_filled(recipe, base.config.get_text_config()) is not None:
         return None
-    if not takes_blocks(base):
+    # One process deals batches to several GPUs by their first dimension, which is the blocks' in a mask.
+    if not takes_blocks(base) or arguments.n_gpu > 1:
         return None if mode == "eager" else one_block
     if mode != "eager":
         return few_shapes
     # On Hopper GPUs PyTorch gives masked attention to cuDNN, which plans each shape that it has not seen, on the host.
-    return partial(little_filling, step=32 if base.device.type == "cuda" else 8)
+    return partial(little_filling, step=32 if arguments.device.type == "cuda" else 8)
