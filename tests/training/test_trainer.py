@@ -4,14 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from graphlora.training import Recipe
+from graphlora.training import Recipe, train
 from graphlora.training.adapting import add_adapter
 from graphlora.training.callbacks import routing_summary
 from graphlora.training.loading import load_base_model, load_tokenizer
 from graphlora.training.run_data import load_data
-from graphlora.training.trainer import EpochSampler
+from graphlora.training.trainer import AdapterTrainer, EpochSampler
 from graphlora.training.trainer_setup import make_trainer
 
 
@@ -102,3 +103,27 @@ def test_the_routing_summary_is_bounded_and_means_what_it_says():
     assert summary["router/expert_load_max_max"] == pytest.approx(4 * 0.297)
     assert summary["router/layer_47/poisson_rate"] == 1.5
     assert routing_summary(nn.Linear(1, 1)) == {}
+
+
+def test_steps_do_not_look_for_what_is_trained(any_recipe, monkeypatch):
+    """Clipped and zeroed is what the Trainer clips and zeroes, without going through all modules at each step."""
+    options = any_recipe | {"eval_strategy": "no", "max_grad_norm": 0.01}
+    seen, original = [], nn.Module.zero_grad
+
+    def zero_grad(self, *args):
+        seen.append(type(self))
+        original(self, *args)
+
+    monkeypatch.setattr(nn.Module, "zero_grad", zero_grad)
+    result = train(Recipe.from_dict(options))
+    assert len(seen) == 1  # before the first step
+    assert "zero_grad" not in vars(result.model)
+    found = load_file(result.output_dir / "adapter_model.safetensors")
+    monkeypatch.setattr(
+        AdapterTrainer, "_remember_trained", lambda self, model: setattr(self, "_trained", [])
+    )
+    seen.clear()
+    result = train(Recipe.from_dict(options), overwrite=True)
+    assert len(seen) == 1 + result.metrics["steps"]
+    expected = load_file(result.output_dir / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

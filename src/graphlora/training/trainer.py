@@ -147,6 +147,7 @@ class AdapterTrainer(ResumedTrainer):
         self._records_steps, self._compiles_steps = records_steps, compiles_steps
         self._compiler = compiler or {}
         self._captured: CapturedSteps | None = None
+        self._trained: list[nn.Parameter] | None = None
         self._num_parameters: int | None = None
         super().__init__(*args, **kwargs)
 
@@ -159,6 +160,8 @@ class AdapterTrainer(ResumedTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-batch; the guard takes note of its loss."""
+        if self._trained is None:
+            self._remember_trained(model)
         mask = inputs.get("attention_mask", inputs.get(TOKEN_MASK))
         self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
         self.begin_guarded(num_items_in_batch)
@@ -174,6 +177,24 @@ class AdapterTrainer(ResumedTrainer):
             ) from error
         return self.end_guarded(given, loss)
 
+    def _remember_trained(self, model: nn.Module) -> None:
+        """Keeps the parameters that the optimizer was given: looking for them takes longer than a small model's step.
+
+        Sharded ones are left to those who shard them.
+        """
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or any(hasattr(parameter, "device_mesh") for parameter in self._trained):
+            self._trained = []
+            return
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            del set_to_none
+            for parameter in self._trained or ():
+                parameter.grad = None
+
+        vars(model)["zero_grad"] = zero_grad
+
     def _recorded_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """The step of `Trainer` as it is, on inputs that stay at their addresses."""
         if self._captured is None:
@@ -183,8 +204,6 @@ class AdapterTrainer(ResumedTrainer):
                 must_record=self._records_steps == "yes",
                 tell=_tell,
             )
-            # Looking through the modules of a small model takes longer than its step.
-            model.zero_grad = self._captured.zero_grad
 
         def step(static: dict[str, Any]) -> Tensor:
             rest = {name: value for name, value in static.items() if name != NUM_ITEMS}
@@ -200,7 +219,7 @@ class AdapterTrainer(ResumedTrainer):
             with blocked_attention(self._base(), self._blocks), self._compiled_layers():
                 return super().train(*args, **kwargs)
         finally:
-            self._captured = None
+            self._captured = self._trained = None
             self.close_guard()
             vars(self.model_wrapped).pop("zero_grad", None)
 
@@ -222,9 +241,9 @@ class AdapterTrainer(ResumedTrainer):
         return model.get_base_model()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self._captured is None:
+        if not self._trained:
             return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_(self._captured.parameters, self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss; outside of training too, rows in blocks get attention by blocks."""
