@@ -1,5 +1,6 @@
 """Packed rows: no token sees another document, and what fills a row up to its bucket counts nowhere."""
 
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_llama import PAD, VOCAB, assert_same, gradients, loads, make_base, make_model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from graphlora.training import Recipe, run, train, trainer_setup
 from graphlora.training.bucketing import Bucketed, bucket_length, bucket_positions
@@ -17,6 +19,7 @@ from graphlora.training.packing import (
     BlockCollator,
     Blocks,
     blocked_attention,
+    blocked_sdpa,
     few_shapes,
     first_fit,
     little_filling,
@@ -149,6 +152,32 @@ def test_blocks_hold_the_rows_as_they_are():
         assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
     assert batch[TOKEN_MASK].tolist() == [[True] * 11 + [False] * 2, [True] * 12 + [False]]
     assert (ids[~batch[TOKEN_MASK].view(-1)] == PAD).all()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_by_blocks_is_attention_under_the_whole_mask(biased):
+    if biased and "position_bias" not in signature(sdpa_attention_forward).parameters:
+        pytest.skip("this transformers has no position_bias")
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 15, 8) for heads in (4, 2, 2))
+    module = SimpleNamespace(num_key_value_groups=2)
+    flags = torch.rand(3, 1, 5, 5) < 0.5
+    flags[..., 0] = True
+    more = {"position_bias": torch.randn(1, 4, 15, 15)} if biased else {}
+    whole = torch.zeros(1, 1, 15, 15, dtype=torch.bool)
+    for block in range(3):
+        at = slice(5 * block, 5 * block + 5)
+        whole[0, 0, at, at] = flags[block, 0]
+    expected, _ = sdpa_attention_forward(module, query, key, value, whole, **more)
+    found, weights = blocked_sdpa(module, query, key, value, flags, **more)
+    assert weights is None
+    assert found.shape == (1, 15, 4, 8)
+    torch.testing.assert_close(found, expected)
+    for mask in (None, whole):  # what is no block mask goes through
+        found, _ = blocked_sdpa(module, query, key, value, mask, is_causal=False)
+        torch.testing.assert_close(
+            found, sdpa_attention_forward(module, query, key, value, mask, is_causal=False)[0]
+        )
 
 
 def test_attention_is_given_back():

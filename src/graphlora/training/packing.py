@@ -189,6 +189,9 @@ def blocked_sdpa(
         `[batch, queries, heads, width]` and no weights.
     """
     blocks = 1 if attention_mask is None else attention_mask.shape[0]
+    if attention_mask is not None and blocks > 1 and kwargs.get("position_bias") is not None:
+        # A bias between all tokens of the sequence, whatever it is made of.
+        attention_mask, blocks = torch.block_diag(*attention_mask[:, 0])[None, None].bool(), 1
     if blocks == 1 or query.shape[0] != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     query, key, value = (t[0].unflatten(1, (blocks, -1)).transpose(0, 1) for t in (query, key, value))
