@@ -128,7 +128,7 @@ def compiled(recipe: dict, **options) -> Recipe:
 @pytest.mark.parametrize(
     ("mode", "packing"), [("compile", False), ("compile", True), ("compiled_graph", False)]
 )
-def test_compiled_steps_learn_what_eager_ones_learn(tiny_recipe, monkeypatch, mode, packing):
+def test_compiled_steps_learn_what_eager_ones_learn(tiny_recipe, monkeypatch, capsys, mode, packing):
     options = tiny_recipe | {
         "lora_dropout": 0.0,
         "max_steps": 3,
@@ -138,7 +138,9 @@ def test_compiled_steps_learn_what_eager_ones_learn(tiny_recipe, monkeypatch, mo
     }
     eager = train(Recipe.from_dict(options))
     monkeypatch.setattr(run, "resolve_step_mode", lambda *_: mode)
+    assert "steps are compiled" not in capsys.readouterr().err
     result = train(compiled(options), overwrite=True)
+    assert capsys.readouterr().err.count("the first ones of each length of a batch take some seconds") == 1
     assert result.metrics["step_mode"] == mode
     assert result.metrics["train_loss"] == pytest.approx(eager.metrics["train_loss"], rel=1e-4)
     layers = decoder_layers(result.model)

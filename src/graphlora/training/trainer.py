@@ -229,6 +229,8 @@ class AdapterTrainer(ResumedTrainer):
             yield
             return
         tell = _tell if self._compiles_steps == "if_possible" else None
+        if self.is_world_process_zero():
+            _tell("steps are compiled: the first ones of each length of a batch take some seconds")
         with warnings.catch_warnings():
             # Advice that a run in bfloat16 gets as well.
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
