@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from graphlora.training import Recipe, run, train, trainer_setup
 from graphlora.training.bucketing import Bucketed, bucket_length, bucket_positions
 from graphlora.training.data import IGNORED, AnswerLogits, packing_collator
+from graphlora.training.origin import batch_rows
 from graphlora.training.packing import (
     BLOCKED_SDPA,
     TOKEN_MASK,
@@ -152,6 +153,34 @@ def test_blocks_hold_the_rows_as_they_are():
         assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
     assert batch[TOKEN_MASK].tolist() == [[True] * 11 + [False] * 2, [True] * 12 + [False]]
     assert (ids[~batch[TOKEN_MASK].view(-1)] == PAD).all()
+
+
+def test_the_rows_of_a_batch_in_blocks_can_be_named():
+    rows = documents()
+    found = batch_rows(COLLATORS["blocks"](rows))
+    assert found == [rows[0]["input_ids"], rows[2]["input_ids"], rows[1]["input_ids"]]
+
+
+def test_a_loss_is_computed_by_blocks_outside_of_training_too(tiny_recipe, monkeypatch):
+    """Validation by itself, on a batch of two blocks."""
+    recipe = Recipe.from_dict(tiny_recipe | {"packing": True, "lora_dropout": 0.0})
+    seen = []
+    make = run.make_trainer
+    monkeypatch.setattr(
+        trainer_setup, "_layout", lambda *_: lambda lengths: Blocks([[i] for i in range(len(lengths))], 96)
+    )
+    monkeypatch.setattr(
+        run, "make_trainer", lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1]
+    )
+    train(recipe)
+    trainer = seen[0]
+    batch = trainer.data_collator(trainer.train_dataset[:3])
+    assert batch[TOKEN_MASK].shape == (3, 96)
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+    assert torch.isfinite(loss)
+    assert trainer.model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("biased", [False, True])

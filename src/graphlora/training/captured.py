@@ -7,7 +7,7 @@ stay at their addresses, warm-up runs that leave no trace, and a bound on the nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -149,8 +149,7 @@ class CapturedSteps:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `nn.Module.zero_grad`, without looking through all modules for the parameters that are trained."""
         del set_to_none
-        for parameter in self.parameters:
-            parameter.grad = None
+        drop_gradients(self.parameters)
 
     def _eager(self, step: Step, inputs: dict[str, Any]) -> Tensor:
         if not self._full:
@@ -259,6 +258,12 @@ def _as_recorded(inputs: dict[str, Any]) -> dict[str, Any]:
     padded = mask.clone()
     padded[0, -1] = 0
     return inputs | {"attention_mask": padded}
+
+
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Leaves parameters without a gradient."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -23,9 +23,9 @@ from graphlora.training.data import IGNORED
 
 # Flags of the tokens that count, [blocks, block length], beside the `position_ids` that separate rows.
 TOKEN_MASK = "token_mask"
-# Blocks are no longer than their rows ask for and this; attention is then a small part of a layer's work.
+# Tokens of a block, unless a row is longer: attention is then a small part of a layer's work.
 LAUNCHED_BLOCK = 256
-# Where each shape is recorded or compiled: twice as long, for half as many numbers of blocks.
+# The same where each shape is recorded or compiled: half as many numbers of blocks occur.
 FEW_BLOCK = 512
 # transformers' name of sdpa attention that takes blocks.
 BLOCKED_SDPA = "graphlora_blocked_sdpa"

@@ -26,7 +26,7 @@ from graphlora.evaluation.encoding import Scoring
 from graphlora.evaluation.multiple_choice import score_examples, summarize
 from graphlora.tasks.example import Example
 from graphlora.training.callbacks import routing_summary
-from graphlora.training.captured import CapturedSteps
+from graphlora.training.captured import CapturedSteps, drop_gradients
 from graphlora.training.checkpoints import (
     CHECKPOINTS,
     STAGING,
@@ -190,8 +190,7 @@ class AdapterTrainer(ResumedTrainer):
 
         def zero_grad(set_to_none: bool = True) -> None:
             del set_to_none
-            for parameter in self._trained or ():
-                parameter.grad = None
+            drop_gradients(self._trained or ())
 
         vars(model)["zero_grad"] = zero_grad
 

@@ -48,9 +48,9 @@ def compile_layers(
         model: A transformers model, adapted or not, whose layers were not compiled yet.
         tell: Where the compiler fails on a forward, called with one line that says why, and training goes on
             uncompiled; left out: it raises what the compiler raised.
-        options: Options of `torch.compile`, as `backend` or `mode`. Without either, kernels are chosen without timing
-            them where the choice decides in which order numbers are added, so that another process gets the same
-            bits; `options={"deterministic": False}` lets it time them.
+        options: Options of `torch.compile`, as `backend` or `mode`. Without a mode, PyTorch's compiler chooses kernels
+            without timing them where the choice decides in which order numbers are added, so that another process
+            gets the same bits; `options={"deterministic": False}` lets it time them.
 
     Returns:
         A handle whose `undo` makes the model as it was.
