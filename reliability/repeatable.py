@@ -51,7 +51,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "compiled steps": {"step_mode": "compile"},
 }
 ON_GPU: dict[str, dict[str, Any]] = {
-    # Without deterministic mode the compiler times kernels on the device, and what it then takes is not promised.
+    # Without deterministic mode, compiled steps were compared at one size and by hand (docs/reproducibility.md).
     "compiled steps": {"step_mode": "compile", "deterministic": True},
     "Triton kernels": {"backend": "triton"},
     "recorded steps": {"backend": "triton", "step_mode": "graph"},

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorWithFlattening
 
 from benchmarks.candidates.models import model_config, random_rows, step_candidate
 from benchmarks.context import Context
@@ -16,13 +14,13 @@ from benchmarks.shapes import SHAPES
 from benchmarks.suites.cpu import ask_for_hardware
 from graphlora.benchmark.random_model import random_model
 from graphlora.benchmark.timing import Call, Stopwatch
-from graphlora.training.data import IGNORED, AnswerLogits
+from graphlora.training.data import IGNORED, AnswerLogits, packing_collator
 from graphlora.training.packing import (
     TOKEN_MASK,
     BlockCollator,
     blocked_attention,
     few_shapes,
-    little_filling,
+    launched,
     packed_attention_mask,
 )
 
@@ -65,11 +63,10 @@ def measure(context: Context) -> None:
 
 
 def _collators(device: torch.device) -> dict[str, Callable[[Rows], dict[str, Any]]]:
-    step = 32 if device.type == "cuda" else 8
     return {
         "padded": AnswerLogits(_padded),
-        "one_sequence": AnswerLogits(DataCollatorWithFlattening()),
-        "blocks": AnswerLogits(BlockCollator(0, partial(little_filling, step=step))),
+        "one_sequence": AnswerLogits(packing_collator()),
+        "blocks": AnswerLogits(BlockCollator(0, launched(device))),
         "few_shapes": AnswerLogits(BlockCollator(0, few_shapes)),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from graphlora.training.packing import (
     BlockCollator,
     Layout,
     few_shapes,
-    little_filling,
+    launched,
     one_block,
     takes_blocks,
 )
@@ -143,7 +142,4 @@ def _layout(recipe: Recipe, model: PeftModel, mode: StepMode, arguments: Trainin
     # One process deals batches to several GPUs by their first dimension, which is the blocks' in a mask.
     if not takes_blocks(base) or arguments.n_gpu > 1:
         return None if mode == "eager" else one_block
-    if mode != "eager":
-        return few_shapes
-    # On Hopper GPUs PyTorch gives masked attention to cuDNN, which plans each shape that it has not seen, on the host.
-    return partial(little_filling, step=32 if arguments.device.type == "cuda" else 8)
+    return launched(arguments.device) if mode == "eager" else few_shapes
