@@ -25,6 +25,8 @@ from graphlora import GraphLoraConfig
 from graphlora.benchmark.random_model import twin
 from graphlora.benchmark.timing import Call, Stopwatch
 from graphlora.training.data import IGNORED
+from graphlora.training.full_rows import masks_without_waiting
+from graphlora.tuner.masks import every_token
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", *PROJECTIONS]
 # Rank of the experts whose number of FFN weights `peft_sized` matches.
@@ -83,16 +85,21 @@ class ModelCandidate:
         trained: parameters that the optimizer updates; empty for the frozen model, whose input wants a gradient.
         optimizer: fused AdamW, or None.
         around: what a step runs within.
+        full_rows: no row is padded and the step is told so, as `graphlora train` does it.
     """
 
     model: nn.Module
     trained: list[nn.Parameter]
     optimizer: torch.optim.Optimizer | None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    full_rows: bool = False
 
     def forward_backward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
         """Loss of a batch whose tokens all count, and its gradients."""
-        with self.around():
+        told = self.full_rows and "attention_mask" not in inputs
+        if told:
+            inputs["attention_mask"] = every_token(input_ids)
+        with self.around(), masks_without_waiting(told):
             if self.trained:
                 loss = self.model(input_ids=input_ids, labels=input_ids, **inputs).loss
             else:

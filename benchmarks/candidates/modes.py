@@ -39,7 +39,8 @@ def is_recorded(name: str) -> bool:
 def candidate_in_mode(name: str, base: nn.Module, device: torch.device) -> ModelCandidate:
     """`step_candidate`, its model compiled or with a fused loss where the name's ending says so.
 
-    `compiled` are layers and loss as `graphlora train` compiles them, `whole` is one program for the model; `liger`
+    `compiled` are layers, last norm and loss as `graphlora train` compiles them, which also makes no masks for rows of
+    equal length, `whole` is one program for the model; `liger`
     takes Liger's loss, which never holds all logits, and `ligers` its norms and rotary embedding as well; for `graph`
     and the second half of `compiledgraph` see `call_in_mode`.
 
@@ -51,6 +52,7 @@ def candidate_in_mode(name: str, base: nn.Module, device: torch.device) -> Model
     candidate = step_candidate(source, base)
     if mode in ("compiled", "compiledgraph"):
         compile_layers(candidate.model, backend=compiler_of(device))
+        candidate.full_rows = True
     elif mode == "whole":
         compiled = torch.compile(candidate.model, dynamic=False, backend=compiler_of(device))
         candidate.model = cast(nn.Module, compiled)

@@ -18,6 +18,7 @@ from graphlora.routing import (
     RoutedTokens,
     Routing,
     begin_updates,
+    collect_logits,
     select_experts,
 )
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CenteredRouter", "Float32State", "GraphRouter", "LinearRouter", "Routing",
-    "begin_updates", "build_adjacency", "rms_normalize", "select_experts",
+    "begin_updates", "build_adjacency", "collect_logits", "rms_normalize", "select_experts",
 ]  # fmt: skip
 
 Activation = Callable[[Tensor], Tensor]

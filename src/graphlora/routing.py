@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -201,18 +201,6 @@ class CenteredRouter(Float32State, ABC):
         begin_updates([self])
 
     @torch.no_grad()
-    def collect(self, centered_sum: Tensor, count: Tensor) -> None:
-        """Remembers the logits of one training forward.
-
-        Args:
-            centered_sum: sum of the centered logits over all ranks' real tokens, `[num_experts]`.
-            count: number of those tokens, scalar.
-        """
-        if self.centering:
-            self.logit_sum += centered_sum + count * self.logit_offset
-            self.logit_count += count
-
-    @torch.no_grad()
     def calibrate(self, hidden_size: int, seed: int, spread: float) -> Tensor | None:
         """Centers the logits of random unit tokens; returns their standard deviation over tokens and experts.
 
@@ -255,3 +243,24 @@ def begin_updates(routers: Iterable[CenteredRouter]) -> None:
         _aten._foreach_copy_.default([router.logit_offset for router in group], list(offset.unbind()))
         _aten._foreach_add_.List([router.num_updates for router in group], list(some.unbind()))
         _aten._foreach_zero_.default([t for router in group for t in (router.logit_sum, router.logit_count)])
+
+
+@torch.no_grad()
+def collect_logits(routers: Sequence[CenteredRouter], sums: Sequence[Tensor]) -> None:
+    """Remembers the logits of one training forward for the next update, in a few kernels whatever their number.
+
+    Args:
+        routers: each once.
+        sums: by router, sum of the centered logits over all ranks' real tokens, followed by the number of those tokens:
+            `[num_experts + 1]`.
+    """
+    groups: dict[tuple[int, torch.device], list[tuple[CenteredRouter, Tensor]]] = defaultdict(list)
+    for router, of_router in zip(routers, sums, strict=True):
+        if router.centering:
+            groups[(router.num_experts, router.logit_offset.device)].append((router, of_router))
+    for (num_experts, device), pairs in groups.items():
+        group = [router for router, _ in pairs]
+        centered, count = torch.stack([t for _, t in pairs]).to(device).split([num_experts, 1], dim=1)
+        raw = centered + count * torch.stack([router.logit_offset for router in group])
+        _aten._foreach_add_.List([router.logit_sum for router in group], list(raw.unbind()))
+        _aten._foreach_add_.List([router.logit_count for router in group], list(count[:, 0].unbind()))

@@ -27,6 +27,14 @@ def test_recipe_options_and_passthrough_reach_the_trainer(tmp_path):
     assert found.report_to == []
 
 
+def test_batches_are_copied_to_a_gpu_while_it_works(tmp_path, monkeypatch):
+    assert not arguments(tmp_path).accelerator_config.non_blocking
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert arguments(tmp_path).accelerator_config.non_blocking
+    own = {"accelerator_config": {"even_batches": False}}
+    assert not arguments(tmp_path, training_args=own).accelerator_config.even_batches
+
+
 def test_warmup_steps_win_over_the_ratio(tmp_path):
     assert arguments(tmp_path, warmup_ratio=0.1, warmup_steps=7).get_warmup_steps(100) == 7
 

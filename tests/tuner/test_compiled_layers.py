@@ -10,12 +10,13 @@ from peft import LoraConfig, get_peft_model
 from tiny_llama import adapter_state, assert_same, gradients, make_base, make_batch, make_model
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import graphlora
 from graphlora import compile_layers
 from graphlora.errors import GraphLoraError
-from graphlora.tuner.compiled_layers import decoder_layers
+from graphlora.tuner.compiled_layers import decoder_layers, last_norms
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -75,7 +76,7 @@ def test_a_step_is_the_same_and_however_many_layers_are_compiled_once(make, chec
         assert not counters["graph_break"]
     assert found[0] == found[1] > 0
     if checkpointing and CHECKPOINTS_AROUND_LAYERS:
-        assert found[0] == 1  # the loss
+        assert found[0] == 2  # the last norm and the loss
 
 
 def test_a_shape_is_compiled_once_and_all_shapes_stay():
@@ -223,6 +224,17 @@ def test_layers_are_not_compiled_twice():
 def test_a_model_without_layers_is_refused():
     with pytest.raises(GraphLoraError, match="Linear has no list of decoder layers"):
         compile_layers(torch.nn.Linear(2, 2))
+
+
+def test_the_norm_behind_the_layers_is_compiled_along():
+    model = lora_model(2)
+    norm = model.get_base_model().model.norm
+    assert last_norms(model) == [norm]
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
+    assert last_norms(gpt2) == [gpt2.transformer.ln_f]
+    with compile_layers(model, **OPTIONS):
+        assert "forward" in vars(norm)
+    assert "forward" not in vars(norm)
 
 
 def test_the_longest_stack_is_the_decoder():

@@ -92,6 +92,9 @@ def training_arguments(
     if not validates:
         values["metric_for_best_model"] = None
     values |= _checked(recipe)
+    if values["dataloader_pin_memory"]:
+        # Otherwise the host waits, with each batch, for all that the device still has to do.
+        values.setdefault("accelerator_config", {"non_blocking": True})
     try:
         arguments = TrainingArguments(**values)
         _try_schedule(arguments)

@@ -37,11 +37,18 @@ from graphlora.training.checkpoints import (
     seal,
     writing,
 )
+from graphlora.training.full_rows import masks_without_waiting
 from graphlora.training.nonfinite import NonFiniteError
-from graphlora.training.packing import TOKEN_MASK, blocked_attention, packed_attention_mask
+from graphlora.training.packing import (
+    TOKEN_MASK,
+    blocked_attention,
+    packed_attention_mask,
+    takes_blocks,
+)
 from graphlora.training.resumed_trainer import ResumedTrainer
 from graphlora.training.streaming import StreamLoader, write_place
 from graphlora.tuner.compiled_layers import NUM_ITEMS, compile_layers, compiler_errors, reason_of
+from graphlora.tuner.masks import every_token
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
@@ -215,7 +222,11 @@ class AdapterTrainer(ResumedTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; compiled layers, recorded steps and their memory are let go at the end."""
         try:
-            with blocked_attention(self._base(), self._blocks), self._compiled_layers():
+            with (
+                blocked_attention(self._base(), self._blocks),
+                masks_without_waiting(takes_blocks(self._base())),
+                self._compiled_layers(),
+            ):
                 return super().train(*args, **kwargs)
         finally:
             self._captured = self._trained = None
@@ -252,15 +263,17 @@ class AdapterTrainer(ResumedTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
-        """Inputs on the device; of rows in blocks, also their attention mask."""
+        """Inputs on the device; of rows in blocks, and of rows without padding, also their attention mask."""
         prepared: Any = super()._prepare_inputs(inputs)
         counted = prepared.pop(TOKEN_MASK, None)
+        model = self._base()
         if counted is not None:
-            model = self._base()
             additive, dtype = model.config._attn_implementation == "eager", model.dtype
             prepared["attention_mask"] = packed_attention_mask(
                 prepared["position_ids"], counted, dtype if additive else None
             )
+        elif not {"attention_mask", "position_ids"} & prepared.keys() and takes_blocks(model):
+            prepared["attention_mask"] = every_token(prepared["input_ids"])
         return prepared
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ from graphlora.training.arguments import compiler_options, training_arguments
 from graphlora.training.bucketing import Bucketed, bucket_positions
 from graphlora.training.callbacks import Progress, StreamEpochs
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
+from graphlora.training.full_rows import NoFullMask
 from graphlora.training.packing import (
     BlockCollator,
     Layout,
@@ -129,6 +130,9 @@ def collator(
         collate = Bucketed(padding_collator(tokenizer), fill, recipe.max_length)
     else:
         collate = padding_collator(tokenizer)
+    # A recorded step has its mask in any case.
+    if mode not in RECORDED and takes_blocks(model.get_base_model()):
+        collate = NoFullMask(collate)
     if not takes_answer_logits(model.get_base_model()):
         return collate
     return AnswerLogits(collate, None if mode == "eager" else bucket_positions)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +22,9 @@ from graphlora.losses import (
     poisson_target,
 )
 from graphlora.ops.backend import resolve_backend
-from graphlora.router import GraphRouter, Routing
+from graphlora.router import GraphRouter, Routing, collect_logits
 from graphlora.tuner.balance import Entry, balance_losses
+from graphlora.tuner.coordination import Coordination, normal_scales, poisson_rates
 from graphlora.tuner.masks import warn_once
 from graphlora.tuner.record import RoutingRecord
 
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
     from graphlora.tuner.config import GraphLoraConfig
     from graphlora.tuner.tuner_layer import RoutedLayer
 
-_Sums = tuple["Tensor | None", list[Tensor], list[Tensor]]
+# Of the blocks of a group: Poisson losses `[blocks]` (zero where they do not count), loads `[blocks, num_experts]`, and
+# sums of the centered logits with the number of tokens `[blocks, num_experts + 1]`.
+_Sums = tuple[Tensor, Tensor, Tensor]
+_aten = torch.ops.aten
 _KERNEL_EXPERTS = 64
 
 
@@ -78,29 +84,25 @@ def _weighted_sum(
     device: torch.device,
 ) -> Tensor:
     entries = [(layer, routing, _mask_for(layer, routing, masks)) for layer, routing in record.entries]
+    groups = list(_groups(entries).values())
     total = torch.zeros((), device=device)
     sums = _fused_sums if _has_kernel(entries, config, device) else _torch_sums
-    poisson, loads, logits = sums(entries, adapter_name, config, device)
+    columns = zip(*(sums(group, adapter_name, config, device) for group in groups), strict=True)
+    poisson, loads, logits = (_in_order(entries, groups, column) for column in columns)
     weights = None
     if record.training:
-        loads, weights = _sum_over_ranks(record, entries, loads, logits, adapter_name)
-    if poisson is not None:
-        mean = poisson.mean() if weights is None else (weights * poisson).mean()
+        loads, logits, weights = _sum_over_ranks(record, loads, logits)
+        _collect(entries, logits, adapter_name)
+    if config.router_poisson_loss_coef:
+        of_blocks = torch.stack(poisson)
+        mean = of_blocks.mean() if weights is None else (weights * of_blocks).mean()
         total = total + config.router_poisson_loss_coef * mean
-    windowed = []
-    # A batch alone is too noisy to report, so the batch window remembers as the ema does.
-    kept = "cumulative" if config.load_window == "cumulative" else "ema"
-    for (layer, _, _), load in zip(entries, loads, strict=True):
-        state = layer.coordination(adapter_name).cumulative_weights
-        history = state.to(device)
-        windowed.append(windowed_load(history, load, config.load_window, config.load_decay))
-        if record.training:
-            state.copy_(windowed_load(history, load.detach(), kept, config.load_decay))
+    windowed = _windowed_loads(entries, loads, adapter_name, config, device, record.training)
     if config.router_normal_loss_coef:
         total = total + config.router_normal_loss_coef * _normal(
             entries, windowed, adapter_name, config, device
         )
-    balance = balance_losses(list(_groups(entries).values()), config, num_samples, device)
+    balance = balance_losses(groups, config, num_samples, device)
     total = total + (balance if weights is None else weights.mean() * balance)
     penalties = [p for p in (_edge_penalty(layer, adapter_name) for layer, _, _ in entries) if p is not None]
     if penalties and config.edge_density_loss_coef:
@@ -142,73 +144,80 @@ def _has_kernel(entries: list[Entry], config: GraphLoraConfig, device: torch.dev
 
 
 def _torch_sums(
-    entries: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
+    group: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
 ) -> _Sums:
-    """By block: Poisson loss (if it counts), loads, sums of the centered logits with the number of tokens."""
-    poisson = _poisson(entries, adapter_name, config, device) if config.router_poisson_loss_coef else None
-    loads = [_batch_load(routing, mask, config).to(device) for _, routing, mask in entries]
-    logits = [torch.cat([t.to(device) for t in _summed_logits(r, mask)]) for _, r, mask in entries]
-    return poisson, loads, logits
+    """Sums over the tokens of the blocks of a group."""
+    logits, probs, weights, index = _stacked(group, device)
+    mask = _mask_on(group, device)
+    poisson = torch.zeros(len(group), device=device)
+    if config.router_poisson_loss_coef:
+        rates = poisson_rates(_coordinations(group, adapter_name), device)
+        poisson = _token_mean(poisson_distinction(probs, rates, config.divergence), mask)
+    if not config.norm_load_weights:
+        # The released code adds each token's selected probabilities once per selected expert.
+        weights = probs.gather(2, index) * index.shape[2]
+    load = torch.vmap(batch_load, in_dims=(0, 0, None, None))(weights, index, probs.shape[2], mask)
+    return poisson, load, _summed_logits(logits, mask)
 
 
 def _fused_sums(
-    entries: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
+    group: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
 ) -> _Sums:
-    """As `_torch_sums`, from one kernel per direction for all blocks of equal shape."""
+    """As `_torch_sums`, from one kernel per direction."""
     from graphlora.ops.routing_sums.triton import routing_sums_triton
 
-    per_group: list[Tensor] = []
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    absolute = config.divergence != "kl"
-    for group in _groups(entries).values():
-        rates = torch.stack(
-            [layer.coordination(adapter_name).poisson_rate.to(device) for layer, _, _ in group]
-        )
-        target = poisson_target(rates, group[0][1].router_probs.shape[1])
-        columns = zip(
-            *((r.router_logits, r.router_probs, r.top_k_weights, r.top_k_index) for _, r, _ in group),
-            strict=True,
-        )
-        logits, probs, weights, index = (torch.stack([t.to(device) for t in column]) for column in columns)
-        mask = group[0][2]
-        sums = routing_sums_triton(
-            logits,
-            probs,
-            weights,
-            index,
-            None if mask is None else mask.to(device),
-            log_target(target),
-            absolute=absolute,
-            eps=LOG_EPS,
-            count_probs=not config.norm_load_weights,
-        )
-        per_group.append((target * sums.divergence).sum(dim=-1) / sums.count.clamp_min(1))
-        logits_and_count = torch.cat([sums.logits, sums.count[:, None]], dim=1)
-        for (_, routing, _), load, logit in zip(group, sums.load, logits_and_count, strict=True):
-            found[id(routing)] = load, logit
-    loads, logits = zip(*(found[id(routing)] for _, routing, _ in entries), strict=True)
-    poisson = _in_order(entries, per_group) if config.router_poisson_loss_coef else None
-    return poisson, list(loads), list(logits)
+    logits, probs, weights, index = _stacked(group, device)
+    rates = poisson_rates(_coordinations(group, adapter_name), device)
+    target = poisson_target(rates, probs.shape[2])
+    sums = routing_sums_triton(
+        logits,
+        probs,
+        weights,
+        index,
+        _mask_on(group, device),
+        log_target(target),
+        absolute=config.divergence != "kl",
+        eps=LOG_EPS,
+        count_probs=not config.norm_load_weights,
+    )
+    poisson = (target * sums.divergence).sum(dim=-1) / sums.count.clamp_min(1)
+    return poisson, sums.load, torch.cat([sums.logits, sums.count[:, None]], dim=1)
 
 
-def _poisson(
-    entries: list[Entry], adapter_name: str, config: GraphLoraConfig, device: torch.device
-) -> Tensor:
-    """Mean over the tokens that count, `[blocks]`; blocks of equal shape are taken together."""
-    per_group = []
-    for group in _groups(entries).values():
-        probs = torch.stack([routing.router_probs.to(device) for _, routing, _ in group])
-        rates = torch.stack(
-            [layer.coordination(adapter_name).poisson_rate.to(device) for layer, _, _ in group]
-        )
-        per_token = poisson_distinction(probs, rates, config.divergence)
-        mask = group[0][2]
-        if mask is None:
-            per_group.append(per_token.mean(dim=-1) if per_token.shape[-1] else per_token.sum(dim=-1))
-        else:
-            flags = mask.to(device, per_token.dtype)
-            per_group.append((per_token * flags).sum(dim=-1) / flags.sum().clamp_min(1))
-    return _in_order(entries, per_group)
+def _stacked(group: list[Entry], device: torch.device) -> list[Tensor]:
+    """Logits, probabilities, weights and index of a group's blocks, each `[blocks, tokens, ...]`."""
+    columns = zip(
+        *((r.router_logits, r.router_probs, r.top_k_weights, r.top_k_index) for _, r, _ in group), strict=True
+    )
+    return [torch.stack([t.to(device) for t in column]) for column in columns]
+
+
+def _mask_on(group: list[Entry], device: torch.device) -> Tensor | None:
+    mask = group[0][2]
+    return None if mask is None else mask.to(device)
+
+
+def _coordinations(entries: list[Entry], adapter_name: str) -> list[Coordination]:
+    return [layer.coordination(adapter_name) for layer, _, _ in entries]
+
+
+def _token_mean(per_token: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the tokens that count: `[blocks, tokens]` to `[blocks]`."""
+    if mask is None:
+        return per_token.mean(dim=-1) if per_token.shape[-1] else per_token.sum(dim=-1)
+    flags = mask.to(per_token.dtype)
+    return (per_token * flags).sum(dim=-1) / flags.sum().clamp_min(1)
+
+
+@torch.no_grad()
+def _summed_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Sums over the tokens that count of the centered logits, and their number: `[blocks, num_experts + 1]`."""
+    if mask is None:
+        sums, count = logits.sum(dim=1), logits.new_full((), float(logits.shape[1]))
+    else:
+        flags = mask.to(logits.dtype)
+        sums, count = (logits * flags[:, None]).sum(dim=1), flags.sum()
+    return torch.cat([sums, count.expand(len(sums), 1)], dim=1)
 
 
 def _normal(
@@ -219,75 +228,73 @@ def _normal(
     device: torch.device,
 ) -> Tensor:
     """Mean over blocks of the normal balance loss; with `"all_layers"` blocks of equal N share one target."""
-    by_size: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for (layer, _, _), load in zip(entries, loads, strict=True):
-        by_size[len(load)].append((load, layer.coordination(adapter_name).normal_scale.to(device)))
+    by_size: dict[int, list[tuple[Coordination, Tensor]]] = defaultdict(list)
+    for pair in zip(_coordinations(entries, adapter_name), loads, strict=True):
+        by_size[len(pair[1])].append(pair)
+    across = config.normal_target == "all_layers"
     per_block = []
     for pairs in by_size.values():
-        stacked, scales = (torch.stack(column) for column in zip(*pairs, strict=True))
-        across = config.normal_target == "all_layers"
+        stacked = torch.stack([load for _, load in pairs])
+        scales = normal_scales([block for block, _ in pairs], device)
         per_block.append(normal_balance(stacked, scales, config.divergence, across))
     return torch.cat(per_block).mean()
 
 
-def _batch_load(routing: Routing, mask: Tensor | None, config: GraphLoraConfig) -> Tensor:
-    weights = routing.top_k_weights
-    if not config.norm_load_weights:
-        # The released code adds each token's selected probabilities once per selected expert.
-        weights = routing.router_probs.gather(1, routing.top_k_index) * weights.shape[1]
-    return batch_load(weights, routing.top_k_index, routing.router_probs.shape[1], mask)
+def _windowed_loads(
+    entries: list[Entry],
+    loads: list[Tensor],
+    adapter_name: str,
+    config: GraphLoraConfig,
+    device: torch.device,
+    training: bool,
+) -> list[Tensor]:
+    """Loads that the normal loss sees, by block; in training, the state of the blocks takes them in."""
+    # A batch alone is too noisy to report, so the batch window remembers as the ema does.
+    kept = "cumulative" if config.load_window == "cumulative" else "ema"
+    found: dict[int, Tensor] = {}
+    for run in _runs(entries):
+        states = [entries[i][0].coordination(adapter_name).cumulative_weights for i in run]
+        sizes = [len(state) for state in states]
+        history = torch.cat([state.to(device) for state in states])
+        load = torch.cat([loads[i] for i in run])
+        windowed = windowed_load(history, load, config.load_window, config.load_decay)
+        found.update(zip(run, windowed.split(sizes), strict=True))
+        if training:
+            same = config.load_window == kept
+            after = windowed if same else windowed_load(history, load, kept, config.load_decay)
+            _aten._foreach_copy_.default(states, list(after.detach().split(sizes)))
+    return [found[i] for i in range(len(entries))]
 
 
-@torch.no_grad()
-def _summed_logits(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum over the tokens that count of the centered logits, `[num_experts]`, and their number, `[1]`."""
-    logits = routing.router_logits
-    if mask is None:
-        return logits.sum(dim=0), logits.new_full((1,), float(len(logits)))
-    flags = mask.to(logits.dtype)
-    return flags @ logits, flags.sum()[None]
+def _collect(entries: list[Entry], logits: list[Tensor], adapter_name: str) -> None:
+    for run in _runs(entries):
+        collect_logits([entries[i][0].router(adapter_name) for i in run], [logits[i] for i in run])
 
 
 def _sum_over_ranks(
-    record: RoutingRecord,
-    entries: list[Entry],
-    loads: list[Tensor],
-    logits: list[Tensor],
-    adapter_name: str,
-) -> tuple[list[Tensor], Tensor | None]:
-    """Takes in what all processes saw, by the one reduction of a training forward; also centers the routers.
-
-    `logits` are sums of the centered logits with the number of tokens behind them, `[num_experts + 1]` by block.
+    record: RoutingRecord, loads: list[Tensor], logits: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Takes in what all processes saw, by the one reduction of a training forward.
 
     Returns:
-        The loads summed over all processes, and by which each block's mean over tokens is to be multiplied, `[blocks]`:
-        the process's share of all tokens times the number of processes, over which gradients are averaged. None in a
-        single process.
+        The loads and the sums of the logits with the number of tokens, of all processes; and by which each block's mean
+        over tokens is to be multiplied, `[blocks]`: the process's share of all tokens times the number of processes,
+        over which gradients are averaged. None in a single process.
     """
-    parts = [part for load, logit in zip(loads, logits, strict=True) for part in (load.detach(), logit)]
-    sizes = [len(part) for part in parts]
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if world_size > 1:
-        share = record.share
-        parts.append(
-            share.to(parts[0]).reshape(1) if isinstance(share, Tensor) else parts[0].new_full((1,), share)
-        )
-    summed = torch.cat(parts)
-    if world_size > 1:
-        dist.all_reduce(summed)
-        record.share = summed[-1] / world_size
-    pieces = summed[: sum(sizes)].split(sizes)
-    total_loads, total_logits = pieces[::2], pieces[1::2]
-    for (layer, _, _), total in zip(entries, total_logits, strict=True):
-        at_home = total.to(layer.coordination(adapter_name).cumulative_weights.device)
-        layer.router(adapter_name).collect(at_home[:-1], at_home[-1])
     if world_size == 1:
-        return loads, None
-    own, everywhere = (
-        torch.stack([part[-1].detach() for part in column]) for column in (logits, total_logits)
-    )
-    weights = world_size * own / everywhere.clamp_min(1)
-    return [all_ranks_load(*pair, world_size) for pair in zip(loads, total_loads, strict=True)], weights
+        return loads, logits, None
+    load, share = torch.cat(loads), record.share
+    share = share.to(load).reshape(1) if isinstance(share, Tensor) else load.new_full((1,), share)
+    parts = [load.detach(), torch.cat(logits), share]
+    summed = torch.cat(parts)
+    dist.all_reduce(summed)
+    record.share = summed[-1] / world_size
+    all_load, all_logits, _ = summed.split([len(part) for part in parts])
+    of_all = all_ranks_load(load, all_load, world_size).split([len(part) for part in loads])
+    logits_of_all = all_logits.split([len(part) for part in logits])
+    own, everywhere = (torch.stack([part[-1] for part in column]) for column in (logits, logits_of_all))
+    return list(of_all), list(logits_of_all), world_size * own / everywhere.clamp_min(1)
 
 
 def _edge_penalty(layer: RoutedLayer, adapter_name: str) -> Tensor | None:
@@ -297,13 +304,11 @@ def _edge_penalty(layer: RoutedLayer, adapter_name: str) -> Tensor | None:
     return edge_density_penalty(torch.sigmoid(router.edge_logits.float()), router.edge_density)
 
 
-def _in_order(entries: list[Entry], per_group: list[Tensor]) -> Tensor:
-    """Values of blocks, given by groups, in the order of the entries: `[blocks]`."""
-    if len(per_group) == 1:
-        return per_group[0]
-    grouped = [routing for group in _groups(entries).values() for _, routing, _ in group]
-    found = {id(r): value for r, value in zip(grouped, torch.cat(per_group), strict=True)}
-    return torch.stack([found[id(routing)] for _, routing, _ in entries])
+def _in_order(entries: list[Entry], groups: list[list[Entry]], per_group: Iterable[Tensor]) -> list[Tensor]:
+    """Values of blocks, stacked by group, in the order of the entries."""
+    grouped = [routing for group in groups for _, routing, _ in group]
+    found = {id(r): value for r, value in zip(grouped, chain.from_iterable(per_group), strict=True)}
+    return [found[id(routing)] for _, routing, _ in entries]
 
 
 def _groups(entries: list[Entry]) -> dict[tuple[object, ...], list[Entry]]:
@@ -313,3 +318,15 @@ def _groups(entries: list[Entry]) -> dict[tuple[object, ...], list[Entry]]:
         layer, routing, mask = entry
         groups[(layer.side, mask is None, *routing.router_probs.shape)].append(entry)
     return groups
+
+
+def _runs(entries: list[Entry]) -> list[list[int]]:
+    """Positions of the entries, in the n-th list those of the n-th time that a block ran: no block is twice in one."""
+    runs: list[list[int]] = []
+    times: Counter[RoutedLayer] = Counter()
+    for position, (layer, _, _) in enumerate(entries):
+        if times[layer] == len(runs):
+            runs.append([])
+        runs[times[layer]].append(position)
+        times[layer] += 1
+    return runs

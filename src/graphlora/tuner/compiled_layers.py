@@ -34,10 +34,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(stacks, key=lambda stack: (len(stack), sum(p.numel() for p in stack.parameters())))
 
 
+def last_norms(model: nn.Module) -> list[nn.Module]:
+    """Normalizations beside the stack of decoder layers: modules without parts whose parameters are vectors."""
+    stack = decoder_layers(model)
+    parent = next(m for m in model.modules() if any(child is stack for child in m.children()))
+    alone = [m for m in parent.children() if not list(m.children())]
+    return [m for m in alone if (own := list(m.parameters())) and all(p.dim() == 1 for p in own)]
+
+
 def compile_layers(
     model: nn.Module, *, tell: Callable[[str], None] | None = None, **options: Any
 ) -> CompiledLayers:
-    """Compile the decoder layers and the loss of a model, in place, for training.
+    """Compile the decoder layers, the norm behind them and the loss of a model, in place, for training.
 
     All layers share what is compiled, so that a model of 80 layers is ready as soon as one of 8. Where no gradient is
     computed (validation, generation) nothing is compiled, nor are copies of the model. Each shape of a batch is
@@ -68,7 +76,7 @@ class CompiledLayers:
         """Compile, see `compile_layers`."""
         self.tell, self.failed = tell, False
         options = _repeatable(options)
-        layers = list(decoder_layers(model))
+        layers = [*decoder_layers(model), *last_norms(model)]
         if any(isinstance(vars(layer).get("forward"), _CompiledForward) for layer in layers):
             raise GraphLoraError("the model's layers are compiled already; undo that first")
         self._undo = ExitStack()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -44,15 +46,35 @@ class Coordination(Float32State):
     @property
     def poisson_rate(self) -> Tensor:
         """lambda, scalar, in [1, 2]; starts at 1.5."""
-        if self.poisson_rate_form == "smooth":
-            return 1 + torch.sigmoid(self.poisson_rate_bias)
-        rate = 1.5 + self.poisson_rate_bias
-        # The released code trains with a gradient at the bounds themselves; PyTorch 2.15 gives `clamp` none there.
-        return torch.where((rate >= 1) & (rate <= 2), rate, rate.detach().clamp(1.0, 2.0))
+        return _poisson_rate(self.poisson_rate_bias, self.poisson_rate_form)
 
     @property
     def normal_scale(self) -> Tensor:
         """sigma, scalar, in experts; starts at N/2."""
-        if self.normal_scale_form == "bounded":
-            return self.num_experts / 4 * (1 + self.normal_scale_bias.exp())
-        return (self.num_experts / 2 + self.normal_scale_bias).abs().clamp_min(_SMALLEST_FREE_SCALE)
+        return _normal_scale(self.normal_scale_bias, self.normal_scale_form, self.num_experts)
+
+
+def poisson_rates(blocks: Sequence[Coordination], device: torch.device) -> Tensor:
+    """Each lambda of an adapter's blocks, `[blocks]`, computed at once on `device`."""
+    biases = torch.stack([block.poisson_rate_bias.to(device) for block in blocks])
+    return _poisson_rate(biases, blocks[0].poisson_rate_form)
+
+
+def normal_scales(blocks: Sequence[Coordination], device: torch.device) -> Tensor:
+    """Each sigma of an adapter's blocks of equal N, `[blocks]`, computed at once on `device`."""
+    biases = torch.stack([block.normal_scale_bias.to(device) for block in blocks])
+    return _normal_scale(biases, blocks[0].normal_scale_form, blocks[0].num_experts)
+
+
+def _poisson_rate(bias: Tensor, form: str) -> Tensor:
+    if form == "smooth":
+        return 1 + torch.sigmoid(bias)
+    rate = 1.5 + bias
+    # The released code trains with a gradient at the bounds themselves; PyTorch 2.15 gives `clamp` none there.
+    return torch.where((rate >= 1) & (rate <= 2), rate, rate.detach().clamp(1.0, 2.0))
+
+
+def _normal_scale(bias: Tensor, form: str, num_experts: int) -> Tensor:
+    if form == "bounded":
+        return num_experts / 4 * (1 + bias.exp())
+    return (num_experts / 2 + bias).abs().clamp_min(_SMALLEST_FREE_SCALE)

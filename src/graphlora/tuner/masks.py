@@ -80,9 +80,23 @@ def warn_once(what: str) -> None:
     )
 
 
+def every_token(like: Tensor) -> Tensor:
+    """The attention mask of a batch in which every token counts, one value in memory: `is_every_token` knows it by that.
+
+    Args:
+        like: `[batch, tokens]` of any dtype.
+    """
+    return torch.ones((), dtype=torch.bool, device=like.device).expand(like.shape)
+
+
+def is_every_token(mask: Tensor) -> bool:
+    """Whether a mask was made by `every_token`; its values are not looked at, for which the host would have to wait."""
+    return mask.dim() == 2 and mask.stride() == (0, 0)
+
+
 def _flatten(mask: Any, tokens: Tensor | None) -> Tensor | None:
     """One flag per query token of a 2-D `[batch, keys]` or 4-D `[batch or 1, heads or 1, queries, keys]` mask."""
-    if mask is None:
+    if mask is None or (isinstance(mask, Tensor) and is_every_token(mask)):
         return None
     if isinstance(mask, dict):
         # Models that mix full and sliding attention take one mask per kind; a token sees itself in each of them.
