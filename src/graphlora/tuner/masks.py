@@ -81,7 +81,7 @@ def warn_once(what: str) -> None:
 
 
 def every_token(like: Tensor) -> Tensor:
-    """The attention mask of a batch in which every token counts, one value in memory: `is_every_token` knows it by that.
+    """The attention mask of a batch in which every token counts: one value in memory, known to `is_every_token`.
 
     Args:
         like: `[batch, tokens]` of any dtype.
