@@ -170,6 +170,8 @@ def test_forward_and_backward_of_a_run_read_nothing(any_recipe, monkeypatch, ste
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("step_mode", ["eager", "graph", "compile"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_host_never_waits_for_a_gpu(any_recipe, monkeypatch, step_mode, packing):
@@ -184,8 +186,8 @@ def test_the_host_never_waits_for_a_gpu(any_recipe, monkeypatch, step_mode, pack
 
     monkeypatch.setattr(AdapterTrainer, "training_step", training_step)
     options = {
-        "step_mode": step_mode, "packing": packing, "eval_strategy": "no", "max_steps": 10, "logging_steps": 100,
-        "training_args": {"disable_tqdm": True},
+        "step_mode": step_mode, "packing": packing, "eval_strategy": "no", "max_steps": 10, "save_steps": 10,
+        "logging_steps": 100, "training_args": {"disable_tqdm": True},
     }  # fmt: skip
     try:
         train(Recipe.from_dict(any_recipe | options))

@@ -229,16 +229,18 @@ def _joining(
     if record is None or not record.entries:
         return None
     masks: dict[str, Tensor | None] = {layer.side: None for layer, _ in record.entries}
+    # The sums over a group of blocks tell them apart by their routing, and the loads by their state.
+    record.entries = [
+        (_with_own_state(layer), replace(routing))
+        for _ in range(num_layers)
+        for layer, routing in record.entries
+    ]
     ends: list[Tensor] = []
     for layer, routing in record.entries:
         ends += [
             t for t in (routing.router_logits, routing.router_probs, routing.top_k_weights) if t.requires_grad
         ]
         ends += [p for p in layer.coordination(name).parameters() if p.requires_grad]
-    # The sums over a group of blocks tell them apart by their routing.
-    record.entries = [
-        (layer, replace(routing)) for _ in range(num_layers) for layer, routing in record.entries
-    ]
 
     def join(watch: Stopwatch) -> None:
         loss = auxiliary_loss(record, masks, name, config, setting.batch_size)
@@ -247,6 +249,15 @@ def _joining(
         watch.lap("losses")
 
     return join
+
+
+def _with_own_state(layer: RoutedLayer) -> RoutedLayer:
+    """The layer as another one of the model, which shares nothing that the losses of a forward change."""
+    other = copy.copy(layer)
+    other._modules = dict(layer._modules)
+    other.graphlora_router = copy.deepcopy(layer.graphlora_router)
+    other.graphlora_coordination = copy.deepcopy(layer.graphlora_coordination)
+    return other
 
 
 def _backward(loss: Tensor, trained: list[nn.Parameter]) -> None:
