@@ -302,8 +302,8 @@ def _runs_case(
 
 _LAUNCHED_OR_COMPILED = ["peft_eager", "peft_compile", "triton_eager", "triton_compile"]
 _RUNS = (
-    _runs_case(LLAMA3_8B, 8, 64, (20, 100), True, 150, _LAUNCHED_OR_COMPILED),
-    _runs_case(LLAMA3_8B, 8, 16, (200, 300), False, 150, _LAUNCHED_OR_COMPILED),
+    _runs_case(LLAMA3_8B, 8, 64, (20, 100), True, 190, _LAUNCHED_OR_COMPILED),
+    _runs_case(LLAMA3_8B, 8, 16, (200, 300), False, 190, _LAUNCHED_OR_COMPILED),
     _runs_case(
         SMOLLM2,
         SMOLLM2.num_layers,
