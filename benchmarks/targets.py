@@ -96,7 +96,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "5",
-        "step / the expert loop (eager, or the plain loop where that was faster)",
+        "step, launched / the expert loop (the faster of eager and the plain loop)",
         "step",
         r"llama3-8b 8 layers .*",
         "triton_r8",
@@ -107,7 +107,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "5",
-        "the same, the step compiled",
+        "step, compiled as in long runs / the expert loop",
         "step",
         r"llama3-8b modes.*",
         "triton_r8_compiled",
@@ -118,7 +118,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "5",
-        "step / the released code's way, in the same run",
+        "step, launched / the released code's way",
         "step",
         r"llama3-8b 8 layers .*",
         "triton_r8",
@@ -129,7 +129,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "5",
-        "step / MoE-PEFT's MixLoRA, published code in the same run",
+        "step, launched / MoE-PEFT's MixLoRA, published code",
         "step",
         r"llama3-8b 8 layers .*",
         "triton_dropout_r8",
