@@ -32,7 +32,23 @@ def test_batches_are_copied_to_a_gpu_while_it_works(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert arguments(tmp_path).accelerator_config.non_blocking
     own = {"accelerator_config": {"even_batches": False}}
+    found = arguments(tmp_path, training_args=own).accelerator_config
+    assert found.non_blocking and not found.even_batches
+    own = {"accelerator_config": {"non_blocking": False}}
+    assert not arguments(tmp_path, training_args=own).accelerator_config.non_blocking
+    file = tmp_path / "accelerator.json"
+    file.write_text('{"even_batches": false}')
+    own = {"accelerator_config": str(file)}
     assert not arguments(tmp_path, training_args=own).accelerator_config.even_batches
+    own = {"accelerator_config": str(tmp_path / "missing.json")}
+    with pytest.raises(GraphLoraError, match=r"missing\.json"):
+        arguments(tmp_path, training_args=own)
+
+
+def test_batches_made_by_one_process_for_all_are_refused(tmp_path):
+    own = {"accelerator_config": {"dispatch_batches": True}}
+    with pytest.raises(GraphLoraError, match=r"dispatch_batches.*leave it out"):
+        arguments(tmp_path, training_args=own)
 
 
 def test_warmup_steps_win_over_the_ratio(tmp_path):

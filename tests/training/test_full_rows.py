@@ -4,27 +4,34 @@ import traceback
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from graphlora.training import Recipe, train
+from graphlora.training.arguments import training_arguments
 from graphlora.training.full_rows import NoFullMask, masks_without_waiting
 from graphlora.training.trainer import AdapterTrainer
+from graphlora.training.trainer_setup import collator
 from graphlora.tuner.masks import every_token, is_every_token, token_masks
 
-READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
+READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique"}
 
 
 class HostReads(TorchDispatchMode):
-    """Where the host asks for values of a tensor, for which it would wait on a GPU."""
+    """Where the host asks for values of a tensor, for which it would wait on a GPU.
+
+    Copies between devices cannot be seen on a CPU: `test_the_host_never_waits_for_a_gpu` sees those.
+    """
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._schema.name in READS:
+        indices = args[1] if function._schema.name == "aten::index" else ()
+        if function._schema.name in READS or any(i is not None and i.dtype == torch.bool for i in indices):
             frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename]
             self.found.append(" < ".join(f"{f.filename[-40:]}:{f.lineno}" for f in frames[-2:-6:-1]))
         return function(*args, **(kwargs or {}))
@@ -74,6 +81,32 @@ def test_transformers_itself_reads():
     with HostReads() as reads:
         loss_and_gradients(model, batch)
     assert reads.found
+    with HostReads() as reads:
+        batch["input_ids"][batch["attention_mask"] == 1]
+    assert len(reads.found) == 1
+
+
+@pytest.mark.parametrize("lengths", [(24, 24), (24, 9)])
+def test_a_model_that_looks_both_ways(lengths):
+    """Its masks have a shortcut of their own."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "bert",
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa").eval()
+    batch = batch_of(lengths)
+    expected = model(**batch).loss
+    masks = [batch["attention_mask"]] + [every_token(batch["input_ids"])] * (min(lengths) == 24)
+    with masks_without_waiting(), HostReads() as reads:
+        losses = [model(**batch | {"attention_mask": mask}).loss for mask in masks]
+    assert reads.found == []
+    for loss in losses:
+        torch.testing.assert_close(loss, expected)
 
 
 def test_what_attention_is_given(monkeypatch):
@@ -127,6 +160,9 @@ def test_the_mask_of_every_token_is_known_without_its_values():
     mask = every_token(ids)
     assert is_every_token(mask) and mask.all() and mask.shape == ids.shape
     assert not is_every_token(torch.ones(2, 5)) and not is_every_token(mask.clone())
+    assert not is_every_token(torch.ones(5).expand(2, 5)) and not is_every_token(
+        torch.ones(2, 1).expand(2, 5)
+    )
     assert token_masks({"input_ids": ids, "attention_mask": mask}, False) == {
         "encoder": None,
         "decoder": None,
@@ -143,7 +179,7 @@ def test_the_collator_leaves_out_full_masks_alone():
 
 @pytest.mark.parametrize("step_mode", ["eager", "compile"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_forward_and_backward_of_a_run_read_nothing(any_recipe, monkeypatch, step_mode, packing):
+def test_the_forwards_of_a_run_read_nothing(any_recipe, monkeypatch, step_mode, packing):
     """Rows of one length in one batch, and of several in others."""
     seen = []
     whole = AdapterTrainer.compute_loss
@@ -169,12 +205,51 @@ def test_forward_and_backward_of_a_run_read_nothing(any_recipe, monkeypatch, ste
         assert {full for full, _ in seen} == {True, False}
 
 
+def masks_of_a_run(recipe, monkeypatch):
+    """The attention mask of each training batch as the model gets it, and whether its rows are all of one length."""
+    seen = []
+    whole = AdapterTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        if self.model.training:
+            full = inputs["input_ids"].ne(self.tokenizer.pad_token_id).all().item()
+            seen.append((inputs.get("attention_mask"), full))
+        return whole(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", watched)
+    options = {"eval_strategy": "no", "per_device_train_batch_size": 2}
+    train(Recipe.from_dict(recipe | options))
+    assert {full for _, full in seen} == {True, False}
+    return seen
+
+
+def test_runs_with_attention_of_their_own_keep_their_masks(tiny_recipe, monkeypatch):
+    seen = masks_of_a_run(tiny_recipe | {"attn_implementation": "eager"}, monkeypatch)
+    assert all(mask is not None and not is_every_token(mask) for mask, _ in seen)
+
+
+def test_others_leave_out_those_of_full_rows(tiny_recipe, monkeypatch):
+    assert all(is_every_token(mask) == full for mask, full in masks_of_a_run(tiny_recipe, monkeypatch))
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile", "graph", "compiled_graph"])
+def test_recorded_steps_keep_all_masks(tiny_recipe, mode):
+    recipe = Recipe.from_dict(tiny_recipe)
+    model = get_peft_model(model_of(), LoraConfig(target_modules=["q_proj"]))
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    arguments = training_arguments(recipe, torch.float32)
+    rows = [{"input_ids": [1] * 32, "labels": [1] * 32}] * 2
+    assert ("attention_mask" in collator(recipe, model, tokenizer, mode, arguments)(rows)) == (
+        "graph" in mode
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("step_mode", ["eager", "graph", "compile"])
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_host_never_waits_for_a_gpu(any_recipe, monkeypatch, step_mode, packing):
+@pytest.mark.parametrize("rows", ["padded", "packed", "streamed"])
+def test_the_host_never_waits_for_a_gpu(any_recipe, monkeypatch, step_mode, rows):
     """From the beginning of a step to that of the one after the next: batches, optimizer and all."""
     whole, watched = AdapterTrainer.training_step, []
 
@@ -186,8 +261,8 @@ def test_the_host_never_waits_for_a_gpu(any_recipe, monkeypatch, step_mode, pack
 
     monkeypatch.setattr(AdapterTrainer, "training_step", training_step)
     options = {
-        "step_mode": step_mode, "packing": packing, "eval_strategy": "no", "max_steps": 10, "save_steps": 10,
-        "logging_steps": 100, "training_args": {"disable_tqdm": True},
+        "step_mode": step_mode, "packing": rows == "packed", "streaming": rows == "streamed", "eval_strategy": "no",
+        "max_steps": 10, "save_steps": 10, "logging_steps": 100, "training_args": {"disable_tqdm": True},
     }  # fmt: skip
     try:
         train(Recipe.from_dict(any_recipe | options))

@@ -11,8 +11,9 @@ from graphlora.training import Recipe, train
 from graphlora.training.adapting import add_adapter
 from graphlora.training.callbacks import routing_summary
 from graphlora.training.loading import load_base_model, load_tokenizer
+from graphlora.training.row_order import EpochSampler
 from graphlora.training.run_data import load_data
-from graphlora.training.trainer import AdapterTrainer, EpochSampler
+from graphlora.training.trainer import AdapterTrainer
 from graphlora.training.trainer_setup import make_trainer
 
 

@@ -94,13 +94,20 @@ def training_arguments(
     values |= _checked(recipe)
     if values["dataloader_pin_memory"]:
         # Otherwise the host waits, with each batch, for all that the device still has to do.
-        values.setdefault("accelerator_config", {"non_blocking": True})
+        given = values.get("accelerator_config") or {}
+        values["accelerator_config"] = {"non_blocking": True} | given if isinstance(given, dict) else given
     try:
         arguments = TrainingArguments(**values)
         _try_schedule(arguments)
-        return arguments
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise GraphLoraError(f"transformers refuses the recipe: {' '.join(str(error).split())}") from error
+    if getattr(arguments.accelerator_config, "dispatch_batches", False):
+        # One process would make all batches and cut what it joins of them; they need not have the same tensors.
+        raise GraphLoraError(
+            "training_args.accelerator_config.dispatch_batches is not supported: each process makes its own batches; "
+            "leave it out"
+        )
+    return arguments
 
 
 def _try_schedule(arguments: TrainingArguments) -> None:

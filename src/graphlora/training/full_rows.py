@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from graphlora.tuner.masks import is_every_token
 
@@ -39,7 +40,7 @@ class NoFullMask:
 def masks_without_waiting(on: bool = True) -> Iterator[None]:
     """Within it, transformers makes the masks of `sdpa` attention for training without looking at their values.
 
-    A mask is left out if it is that of `every_token`, and made otherwise.
+    A mask is left out if it is that of `every_token`, and made otherwise, also where it turns out to be all ones.
 
     Args:
         on: Whether to; without it, nothing is changed.
@@ -48,18 +49,20 @@ def masks_without_waiting(on: bool = True) -> Iterator[None]:
     if not on or _SDPA in overridden:
         yield
         return
-    ALL_MASK_ATTENTION_FUNCTIONS[_SDPA] = _mask_for_training
+    ALL_MASK_ATTENTION_FUNCTIONS[_SDPA] = partial(_mask_for_training, ALL_MASK_ATTENTION_FUNCTIONS[_SDPA])
     try:
         yield
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS[_SDPA]
 
 
-def _mask_for_training(*, attention_mask: Tensor | None = None, **options: Any) -> Any:
-    """`sdpa_mask` of transformers; where gradients are computed it never reads `attention_mask` on the host."""
+def _mask_for_training(
+    make: Callable[..., Any], *sizes: Any, attention_mask: Tensor | None = None, **options: Any
+) -> Any:
+    """What `make`, transformers' function, makes; with gradients it never reads `attention_mask` on the host."""
     if attention_mask is not None and torch.is_grad_enabled():
         if is_every_token(attention_mask):
             attention_mask = None
         else:
             options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(attention_mask=attention_mask, **options)
+    return make(*sizes, attention_mask=attention_mask, **options)

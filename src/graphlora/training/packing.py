@@ -215,8 +215,12 @@ AttentionInterface.register(BLOCKED_SDPA, blocked_sdpa)
 AttentionMaskInterface.register(BLOCKED_SDPA, sdpa_mask)
 
 
-def takes_blocks(model: Any) -> bool:
-    """Whether a transformers model asks transformers for its attention, by the name `sdpa`."""
+def asks_for_sdpa(model: Any) -> bool:
+    """Whether a transformers model asks transformers for its attention and masks, by the name `sdpa`.
+
+    Such a one computes attention by blocks (`blocked_attention`) and makes masks without waiting
+    (`masks_without_waiting`).
+    """
     attention = model.config.get_text_config()._attn_implementation
     return attention == "sdpa" and bool(getattr(model, "_supports_attention_backend", False))
 
@@ -229,7 +233,7 @@ def blocked_attention(model: Any, on: bool) -> Iterator[None]:
         model: A transformers model.
         on: Whether to; without it, nothing is changed.
     """
-    if not on or not takes_blocks(model):
+    if not on or not asks_for_sdpa(model):
         yield
         return
     config = model.config.get_text_config()

@@ -23,6 +23,7 @@ class ResumedTrainer(GuardedTrainer):
         threshold: What counts as a gain.
     """
 
+    optimizer: Any
     last_saved: Path | None = None
     patience: int | None = None
     threshold: float = 0.0
@@ -65,3 +66,24 @@ class ResumedTrainer(GuardedTrainer):
         if self.patience is None or not stopping:
             return False
         return stopping["attributes"]["early_stopping_patience_counter"] >= self.patience
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore both; a learning rate, weight decay or interval that the recipe changed since takes effect."""
+        # The checkpoint's state has brought the intervals of the recipe that it was written under.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self.optimizer is None or self.lr_scheduler is None or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        scheduler: Any = self.lr_scheduler
+        schedule = getattr(scheduler, "lr_lambdas", None)
+        if schedule is not None and rates != list(scheduler.base_lrs):
+            scheduler.base_lrs = rates
+            step = scheduler.last_epoch
+            for group, rate, shape in zip(self.optimizer.param_groups, rates, schedule, strict=True):
+                group["initial_lr"], group["lr"] = rate, rate * shape(step)
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        return None

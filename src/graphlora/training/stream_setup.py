@@ -58,6 +58,7 @@ def stream_loader(
         place,
         num_batches=max(0, arguments.max_steps - step) * recipe.gradient_accumulation_steps,
         num_workers=workers,
+        device=arguments.device,
         pin_memory=arguments.dataloader_pin_memory,
         **ahead,
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
@@ -158,6 +159,7 @@ class StreamLoader:
         place: StreamPlace | None = None,
         num_batches: int | None = None,
         num_workers: int = 0,
+        device: torch.device | None = None,
         **options: Any,
     ) -> None:
         """Make batches.
@@ -169,13 +171,14 @@ class StreamLoader:
             place: Where to start; the beginning when left out.
             num_batches: How many batches to give; without end when left out.
             num_workers: Processes that read and tokenize ahead; batches do not depend on it.
+            device: Where batches are copied to, while it works if their memory is pinned; left out: nowhere.
             options: Further arguments of `torch.utils.data.DataLoader`.
         """
         self.place = StreamPlace() if place is None else place
         self.stream, self.deal = stream, deal
         self.batch_size = deal.batch_size
         self.dataset = _Batches(stream, deal, self.place, collate)
-        self._num_batches = num_batches
+        self._num_batches, self._device = num_batches, device
         self._options = {"num_workers": num_workers, **options}
 
     def __iter__(self) -> Iterator[Any]:
@@ -196,7 +199,8 @@ class StreamLoader:
             if batch.error is not None:
                 raise BadRow(batch.error)
             self.place = batch.place
-            yield batch.rows
+            rows = batch.rows
+            yield rows if self._device is None else send_to_device(rows, self._device, non_blocking=True)
 
     @property
     def epochs(self) -> float:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from graphlora.errors import GraphLoraError
@@ -38,66 +37,22 @@ from graphlora.training.checkpoints import (
     writing,
 )
 from graphlora.training.full_rows import masks_without_waiting
+from graphlora.training.loraplus import loraplus_groups
 from graphlora.training.nonfinite import NonFiniteError
 from graphlora.training.packing import (
     TOKEN_MASK,
+    asks_for_sdpa,
     blocked_attention,
     packed_attention_mask,
-    takes_blocks,
 )
 from graphlora.training.resumed_trainer import ResumedTrainer
+from graphlora.training.row_order import EpochOrder, EpochSampler
 from graphlora.training.streaming import StreamLoader, write_place
 from graphlora.tuner.compiled_layers import NUM_ITEMS, compile_layers, compiler_errors, reason_of
 from graphlora.tuner.masks import every_token
 
 DISTRIBUTION_PARAMETER = re.compile(r"poisson|normal_")
 ACCURACIES = ("acc", "acc_norm")
-
-
-class EpochSampler(Sampler[int]):
-    """Row positions in an order that only the seed and the epoch decide, so that a resumed run repeats it."""
-
-    def __init__(self, lengths: Sequence[int], seed: int, group: int | None = None) -> None:
-        """Order rows.
-
-        Args:
-            lengths: Tokens of each row.
-            seed: Seed of the order.
-            group: Rows per optimizer step where they are to be of similar length; `None` for any order.
-        """
-        self.lengths, self.seed, self.group, self.epoch = list(lengths), seed, group, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        """Positions of the rows of this epoch."""
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.group is not None:
-            return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
-        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
-
-
-class EpochOrder(TrainerCallback):
-    """Tells the sampler its epoch.
-
-    accelerate does not reach a sampler behind both a shard and skipped batches, where it is when several processes go
-    on in the middle of an epoch: they would see the rows in the order of the first epoch.
-    """
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self._sampler = sampler
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Choose the order of the epoch that begins or goes on."""
-        self._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class AdapterTrainer(ResumedTrainer):
@@ -221,10 +176,11 @@ class AdapterTrainer(ResumedTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; compiled layers, recorded steps and their memory are let go at the end."""
+        base = self._base()
         try:
             with (
-                blocked_attention(self._base(), self._blocks),
-                masks_without_waiting(takes_blocks(self._base())),
+                masks_without_waiting(asks_for_sdpa(base)),
+                blocked_attention(base, self._blocks),
                 self._compiled_layers(),
             ):
                 return super().train(*args, **kwargs)
@@ -272,7 +228,8 @@ class AdapterTrainer(ResumedTrainer):
             prepared["attention_mask"] = packed_attention_mask(
                 prepared["position_ids"], counted, dtype if additive else None
             )
-        elif not {"attention_mask", "position_ids"} & prepared.keys() and takes_blocks(model):
+        elif not {"attention_mask", "position_ids"} & prepared.keys() and asks_for_sdpa(model):
+            # Without any mask transformers would look for borders of rows, on the device.
             prepared["attention_mask"] = every_token(prepared["input_ids"])
         return prepared
 
@@ -332,33 +289,18 @@ class AdapterTrainer(ResumedTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Optimizer by `optim`; with LoRA+ the `lora_B` have a learning rate of their own."""
-        if self.optimizer is None and self.loraplus_lr_ratio is not None:
+        ratio = self.loraplus_lr_ratio
+        if self.optimizer is None and ratio is not None:
             trained: Any = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            self.optimizer = kind(self._loraplus_groups(trained), **options)
+            decaying = self.get_decay_parameter_names(trained)
+            self.optimizer = kind(loraplus_groups(trained, decaying, self.args, ratio), **options)
         return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Parameters under weight decay: not biases, norms, lambda or sigma."""
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not DISTRIBUTION_PARAMETER.search(name)]
-
-    def _loraplus_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        assert self.loraplus_lr_ratio is not None
-        decaying = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault(("lora_B" in name, name in decaying), []).append(parameter)
-        rate, decay = self.args.learning_rate, self.args.weight_decay
-        return [
-            {
-                "params": parameters,
-                "lr": rate * self.loraplus_lr_ratio if is_b else rate,
-                "weight_decay": decay if decays else 0.0,
-            }
-            for (is_b, decays), parameters in sorted(groups.items(), key=lambda entry: entry[0])
-        ]
 
     def get_train_dataloader(self) -> Any:
         """Loader of the training rows; a stream deals its batches to processes and devices itself."""
@@ -436,27 +378,6 @@ class AdapterTrainer(ResumedTrainer):
         finite = torch.stack([torch.isfinite(p.detach()).all() for p in trained]).all()
         if not bool(finite):
             raise NonFiniteError(f"weights are not finite after step {self.state.global_step}")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore both; a learning rate, weight decay or interval that the recipe changed since takes effect."""
-        # The checkpoint's state has brought the intervals of the recipe that it was written under.
-        self.state.compute_steps(self.args, self.state.max_steps)
-        if self.optimizer is None or self.lr_scheduler is None or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        super()._load_optimizer_and_scheduler(checkpoint)
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
-        scheduler: Any = self.lr_scheduler
-        schedule = getattr(scheduler, "lr_lambdas", None)
-        if schedule is not None and rates != list(scheduler.base_lrs):
-            scheduler.base_lrs = rates
-            step = scheduler.last_epoch
-            for group, rate, shape in zip(self.optimizer.param_groups, rates, schedule, strict=True):
-                group["initial_lr"], group["lr"] = rate, rate * shape(step)
-            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-        return None
 
 
 def _tell(line: str) -> None:

@@ -21,10 +21,10 @@ from graphlora.training.full_rows import NoFullMask
 from graphlora.training.packing import (
     BlockCollator,
     Layout,
+    asks_for_sdpa,
     few_shapes,
     launched,
     one_block,
-    takes_blocks,
 )
 from graphlora.training.recipe import RECORDED, Recipe
 from graphlora.training.run_data import RunData
@@ -130,8 +130,9 @@ def collator(
         collate = Bucketed(padding_collator(tokenizer), fill, recipe.max_length)
     else:
         collate = padding_collator(tokenizer)
-    # A recorded step has its mask in any case.
-    if mode not in RECORDED and takes_blocks(model.get_base_model()):
+    # Recorded steps take tensors that stay where they are, and a mask as well: one recording serves rows with and
+    # without padding.
+    if mode not in RECORDED and asks_for_sdpa(model.get_base_model()):
         collate = NoFullMask(collate)
     if not takes_answer_logits(model.get_base_model()):
         return collate
@@ -144,6 +145,6 @@ def _layout(recipe: Recipe, model: PeftModel, mode: StepMode, arguments: Trainin
     if why_not_filled(recipe, base.config.get_text_config()) is not None:
         return None
     # One process deals batches to several GPUs by their first dimension, which is the blocks' in a mask.
-    if not takes_blocks(base) or arguments.n_gpu > 1:
+    if not asks_for_sdpa(base) or arguments.n_gpu > 1:
         return None if mode == "eager" else one_block
     return launched(arguments.device) if mode == "eager" else few_shapes
