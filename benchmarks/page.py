@@ -20,7 +20,13 @@ from benchmarks.targets import TARGETS
 from graphlora.errors import GraphLoraError
 from graphlora.records import write_text
 from graphlora.report.figures import save_figure
-from graphlora.report.performance import TargetPoint, ffn_matrix_figure, step_time_figure, target_figure
+from graphlora.report.performance import (
+    TargetPoint,
+    ffn_matrix_figure,
+    step_time_figure,
+    target_figure,
+    throughput_figure,
+)
 
 LABELS = {
     "frozen": "frozen model",
@@ -53,6 +59,7 @@ _PLACES = re.compile(r" --(out|commit|resume)( (?!-)\S+)?")
 BOUNDS_AT = 8192
 TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "targets": target_table,
+    "throughput": lambda _: "",
     "steps": step_table,
     "matrix": matrix_table,
     "candidates": candidates_table,
@@ -61,6 +68,7 @@ TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
 
 PICTURES = {
     "targets": ("targets.png", "Measured value of every target relative to what it must reach"),
+    "throughput": ("throughput.png", "Tokens per second of whole models, launched and compiled"),
     "steps": ("step_time.png", "Step time of every candidate relative to the frozen model"),
     "matrix": (
         "ffn_matrix.png",
@@ -75,6 +83,9 @@ def draw_figures(measurements: Sequence[Measurement], folder: Path) -> list[Path
     steps = _step_ratios(measurements)
     if steps:
         drawn.append(save_figure(step_time_figure(steps), folder / "step_time.png"))
+    rates = _rates(measurements)
+    if rates:
+        drawn.append(save_figure(throughput_figure(rates), folder / "throughput.png"))
     ratios = _ffn_ratios(measurements)
     if ratios:
         must, goal = _bounds()
@@ -151,6 +162,23 @@ def _step_ratios(measurements: Sequence[Measurement]) -> dict[str, dict[str, flo
         labels = {name: label for name in values if (label := _label(name)) is not None}
         order = sorted(labels, key=lambda name: list(LABELS).index(_without_mode(name)))
         result[case] = {labels[name]: values[name] / values["frozen"] for name in order}
+    return result
+
+
+def _rates(measurements: Sequence[Measurement]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Tokens per second launched and compiled, of the models with all their layers."""
+    result: dict[str, dict[str, tuple[float, float]]] = {}
+    for (suite, case), group in sorted(latest_attempts(measurements).items()):
+        if suite != "step" or "all layers" not in case:
+            continue
+        values = {m.candidate: m.value for m in group if m.phase == "tokens_per_second" and m.value}
+        pairs = {
+            LABELS[name]: (values[name], compiled)
+            for name in LABELS
+            if name in values and (compiled := values.get(f"{name}_compiled"))
+        }
+        if pairs:
+            result[case] = pairs
     return result
 
 

@@ -136,7 +136,11 @@ def test_figures_and_page_come_from_the_data(tmp_path):
         for name, value in (("frozen", 10.0), ("triton", 11.0))
         for phase in ("forward", "backward", "full")
     ]
-    append(tmp_path / "data" / "a.jsonl", [*times(**names), *ffn])
+    rates = [
+        Measurement("step", "llama3-8b all layers 8x1024", name, "tokens_per_second", value=1e4)
+        for name in ("frozen", "frozen_compiled", "triton_r16", "triton_r16_compiled", "triton_r8")
+    ]
+    append(tmp_path / "data" / "a.jsonl", [*times(**names), *ffn, *rates])
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "performance.md").write_text((ROOT / "docs" / "performance.md").read_text())
@@ -144,8 +148,11 @@ def test_figures_and_page_come_from_the_data(tmp_path):
     assert {path.name for path in (docs / "images").iterdir()} == {
         "targets.png",
         "step_time.png",
+        "throughput.png",
         "ffn_matrix.png",
     }
+    pairs = {"frozen model": (1e4, 1e4), "GraphLoRA r=16": (1e4, 1e4)}
+    assert page._rates(read([tmp_path / "data"])) == {"llama3-8b all layers 8x1024": pairs}
     text = (docs / "performance.md").read_text()
     assert "| 1 | FFN forward + backward / frozen FFN, r <= 8 | 1.100 |" in text
     assert "| 7 | router forward + backward, T = 8192, CUDA graph | - | 0 of 2 |" in text

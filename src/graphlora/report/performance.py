@@ -63,6 +63,43 @@ def step_time_figure(steps: Mapping[str, Mapping[str, float]], ours: str = "Grap
     return figure
 
 
+def throughput_figure(rates: Mapping[str, Mapping[str, tuple[float, float]]], ours: str = "GraphLoRA") -> Any:
+    """Two bars of tokens per second per candidate, launched (light) and compiled, one panel per model.
+
+    Args:
+        rates: by model, both rates by candidate, in the order of drawing.
+        ours: candidates whose label starts with it are drawn in blue.
+
+    Raises:
+        GraphLoraError: nothing to draw, or matplotlib is not installed.
+    """
+    if not rates:
+        raise GraphLoraError("there are no tokens per second to draw; measure some first")
+    rows = max(len(values) for values in rates.values())
+    figure, panels = _figure(1, len(rates), (6.2 * len(rates) + 1.5, 1.5 + 1.0 * rows), sharey=False)
+    for axes, (title, values) in zip(panels, rates.items(), strict=True):
+        labels = list(values)
+        colors = [BLUE if label.startswith(ours) else GRAY for label in labels]
+        for column, (shift, shade) in enumerate(((-0.19, 0.45), (0.19, 1.0))):
+            at = [row + shift for row in range(len(labels))]
+            bars = axes.barh(
+                at, [pair[column] for pair in values.values()], color=colors, height=0.36, alpha=shade
+            )
+            axes.bar_label(
+                bars,
+                [f"{pair[column]:,.0f} {('launched', 'compiled')[column]}" for pair in values.values()],
+                padding=3,
+                fontsize=FONT - 1,
+            )
+        axes.set_yticks(range(len(labels)), labels, fontsize=FONT)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.5 * max(max(pair) for pair in values.values()))
+        axes.set_xlabel("tokens per second", fontsize=FONT)
+        axes.set_title(title, fontsize=FONT)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def ffn_matrix_figure(
     ratios: Mapping[tuple[str, int, int, str], float],
     must: Mapping[int, float],
