@@ -70,7 +70,11 @@ def test_the_losses_of_all_layers_are_timed(monkeypatch):
     blocks = []
 
     def watched(record, *rest):
-        blocks.append(len(record.entries))
+        layers = [layer for layer, _ in record.entries]
+        blocks.append(len(layers))
+        # Each has a state of its own, as in a model.
+        for state in ("graphlora_router", "graphlora_coordination"):
+            assert len({id(getattr(layer, state)) for layer in layers}) == len(layers)
         return auxiliary_loss(record, *rest)
 
     monkeypatch.setattr("graphlora.benchmark.layer.auxiliary_loss", watched)

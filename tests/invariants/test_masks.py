@@ -25,7 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from graphlora.tuner.masks import share_of_batch, token_masks, warn_once
+from graphlora.tuner.masks import every_token, share_of_batch, token_masks, warn_once
 
 LENGTHS = [6, 3]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -129,6 +129,13 @@ def test_dict_of_masks_for_models_that_mix_attention_kinds():
 def test_no_mask_counts_all_tokens():
     batch = make_batch([5, 5])
     counted(make_model(), torch.ones(10), input_ids=batch["input_ids"])
+
+
+def test_a_mask_of_every_token_counts_all_tokens():
+    batch = make_batch([8, 8])
+    mask = every_token(batch["input_ids"])
+    counted(make_model(), torch.ones(16), **{**batch, "attention_mask": mask})
+    assert token_masks({**batch, "attention_mask": mask}, False)["decoder"] is None
 
 
 def test_packed_sequences_equal_padded_ones():

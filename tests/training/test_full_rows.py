@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from graphlora.training import Recipe, train
+from graphlora.training import Recipe, train, trainer_setup
 from graphlora.training.arguments import training_arguments
 from graphlora.training.full_rows import NoFullMask, masks_without_waiting
 from graphlora.training.trainer import AdapterTrainer
@@ -230,6 +230,22 @@ def test_runs_with_attention_of_their_own_keep_their_masks(tiny_recipe, monkeypa
 
 def test_others_leave_out_those_of_full_rows(tiny_recipe, monkeypatch):
     assert all(is_every_token(mask) == full for mask, full in masks_of_a_run(tiny_recipe, monkeypatch))
+
+
+def test_joined_rows_get_no_mask(tiny_recipe, monkeypatch):
+    """Their borders are known by `position_ids` alone, which a mask would hide from the model."""
+    monkeypatch.setattr(trainer_setup, "_layout", lambda *_: None)
+    seen = []
+    whole = AdapterTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append((self.model.training, sorted(inputs)))
+        return whole(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", watched)
+    train(Recipe.from_dict(tiny_recipe | {"packing": True, "max_steps": 2, "eval_steps": 1}))
+    assert {training for training, _ in seen} == {True, False}
+    assert all("attention_mask" not in names and "position_ids" in names for _, names in seen)
 
 
 @pytest.mark.parametrize("mode", ["eager", "compile", "graph", "compiled_graph"])

@@ -13,7 +13,7 @@ from graphlora.losses import normal_balance, poisson_distinction
 from graphlora.ops.backend import interprets_triton
 from graphlora.router import Routing, select_experts
 from graphlora.tuner import auxiliary
-from graphlora.tuner.auxiliary import _groups, _in_order, _runs, auxiliary_loss
+from graphlora.tuner.auxiliary import _groups, _in_order, _runs, _token_mean, auxiliary_loss
 from graphlora.tuner.record import RoutingRecord
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold twins")
@@ -164,6 +164,14 @@ def test_blocks_of_unequal_shapes_get_what_they_get_alone(settings, runs, world_
     for name, buffer in model.named_buffers():
         assert buffer.data_ptr() == addresses[name], name
         torch.testing.assert_close(buffer, state[name], rtol=1e-6, atol=1e-5, msg=name)
+
+
+def test_the_mean_of_no_token_is_zero():
+    """A process whose rows are all padding still takes part."""
+    assert _token_mean(torch.zeros(2, 0), None).tolist() == [0, 0]
+    assert _token_mean(torch.ones(2, 3), torch.zeros(3, dtype=torch.bool)).tolist() == [0, 0]
+    means = _token_mean(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([True, True, False]))
+    assert means.tolist() == [1.5]
 
 
 def test_values_of_groups_come_back_in_the_order_of_the_blocks():
