@@ -239,13 +239,16 @@ def test_joined_rows_get_no_mask(tiny_recipe, monkeypatch):
     whole = AdapterTrainer.compute_loss
 
     def watched(self, model, inputs, *args, **kwargs):
-        seen.append((self.model.training, sorted(inputs)))
+        seen.append((self, self.model.training, dict(inputs)))
         return whole(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(AdapterTrainer, "compute_loss", watched)
     train(Recipe.from_dict(tiny_recipe | {"packing": True, "max_steps": 2, "eval_steps": 1}))
-    assert {training for training, _ in seen} == {True, False}
-    assert all("attention_mask" not in names and "position_ids" in names for _, names in seen)
+    assert {training for _, training, _ in seen} == {True, False}
+    assert all("attention_mask" not in inputs and "position_ids" in inputs for _, _, inputs in seen)
+    trainer, _, inputs = seen[0]
+    assert "attention_mask" not in trainer._prepare_inputs(inputs), "after training"
+    assert "attention_mask" in trainer._prepare_inputs({"input_ids": inputs["input_ids"]})
 
 
 @pytest.mark.parametrize("mode", ["eager", "compile", "graph", "compiled_graph"])
