@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import runner
+from benchmarks.cases import Case
 from benchmarks.measurement import Measurement, read
-from benchmarks.registry import SUITES, Case
+from benchmarks.registry import SUITES
 from benchmarks.targets import suites_of_rows
 from graphlora.errors import GraphLoraError
 

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.cases import Case
 from benchmarks.failures import NotHere, failures
 from benchmarks.gate import check
 from benchmarks.measurement import FAILED, SKIPPED, Measurement
-from benchmarks.registry import Case
 from graphlora.benchmark.timing import Call, Interleaved, describe_error, interleave, release
 
 T = TypeVar("T")

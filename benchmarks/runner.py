@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from benchmarks.cases import Case
 from benchmarks.measurement import FAILED, OK, SKIPPED, Measurement, append, latest_attempts, read
-from benchmarks.registry import SUITES, Case
+from benchmarks.registry import SUITES
 
 # A case that takes this many times its estimate, and at least the seconds below, hangs.
 _PATIENCE, _LEAST_PATIENCE = 4.0, 90.0

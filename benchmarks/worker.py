@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import Case
 from benchmarks.context import Context, Gate
 from benchmarks.failures import NotHere, breaks_the_device, failures
 from benchmarks.measurement import Measurement, append
-from benchmarks.registry import SUITES, Case
+from benchmarks.registry import SUITES
 from graphlora.benchmark.timing import describe_error, release
 from graphlora.evaluation.efficiency import device_name
 from graphlora.records import provenance

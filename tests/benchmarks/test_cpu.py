@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from benchmarks.cases import Case
 from benchmarks.context import Context, Gate
 from benchmarks.failures import NotHere
 from benchmarks.measurement import read
-from benchmarks.registry import SUITES, Case
+from benchmarks.registry import SUITES
 from benchmarks.suites import cpu, cpu_step
 from benchmarks.worker import main
 

@@ -9,10 +9,11 @@ from benchmarks.__main__ import _not_measured
 from benchmarks.candidates.ffn import TOP_K, FfnBench
 from benchmarks.candidates.models import model_config, random_tokens, step_candidate, step_flops
 from benchmarks.candidates.routing import random_routing
+from benchmarks.cases import Case
 from benchmarks.context import Context, Gate
 from benchmarks.gate import check, poison, relative_error
 from benchmarks.measurement import read
-from benchmarks.registry import SUITES, Case
+from benchmarks.registry import SUITES
 from benchmarks.shapes import LLAMA3_8B, TINY
 from benchmarks.suites import curves
 
