@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from graphlora.errors import GraphLoraError
@@ -15,6 +17,11 @@ from graphlora.training.recipe import Recipe, suggestion
 from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.layer import GraphLoraLayer
 from graphlora.tuner.register import register
+
+ALL_LINEAR = "all-linear"
+# Options that name modules, and names of modules without anything of a regular expression.
+MODULES = ("target_modules", "attention_target_modules", "exclude_modules")
+NAMES = re.compile(r"[\w.]+( *, *[\w.]+)*")
 
 
 def adapter_config(recipe: Recipe) -> PeftConfig:
@@ -31,7 +38,8 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
         if name not in known:
             raise GraphLoraError(f"{name} has no meaning for method {recipe.method}{suggestion(name, known)}")
     if recipe.method == "lora":
-        options.setdefault("target_modules", "all-linear")
+        options.setdefault("target_modules", ALL_LINEAR)
+    options |= {name: _as_names(options[name]) for name in MODULES if name in options}
     try:
         return kind(task_type=TaskType.CAUSAL_LM, **options)
     except TypeError as error:
@@ -46,6 +54,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """
     _check_layers(recipe, model)
     config = adapter_config(recipe)
+    _check_names(config, model)
     try:
         adapted = get_peft_model(model, config)
     except GraphLoraError:
@@ -62,6 +71,27 @@ def check_backend(model: PeftModel, device: torch.device) -> None:
         if isinstance(module, GraphLoraLayer):
             for name, config in module.configs.items():
                 resolve_backend(config.backend, device.type, module.unsupported[name])
+
+
+def _as_names(given: Any) -> Any:
+    """Names of modules as a list: `q_proj` and `q_proj,v_proj`, as a command line has them, are no expressions."""
+    if not isinstance(given, str) or given == ALL_LINEAR or not NAMES.fullmatch(given):
+        return given
+    return [name.strip() for name in given.split(",")]
+
+
+def _check_names(config: PeftConfig, model: nn.Module) -> None:
+    """PEFT passes over names that no module has, as long as another one is found."""
+    known = dict(model.named_modules())
+    for option in MODULES:
+        given = getattr(config, option, None)
+        for name in [] if given is None or isinstance(given, str) else given:
+            if name not in known and not any(path.endswith(f".{name}") for path in known):
+                linear = {path.rpartition(".")[2] for path, m in known.items() if isinstance(m, nn.Linear)}
+                raise GraphLoraError(
+                    f"{option} names {name}, which is no module of the model{suggestion(name, linear)}; its linear "
+                    f"layers are called {', '.join(sorted(linear))}"
+                )
 
 
 def _check_layers(recipe: Recipe, model: PreTrainedModel) -> None:

@@ -70,7 +70,9 @@ class Recipe:
     r: int | None = option("adapter", "LoRA rank", None)
     lora_alpha: int | float | None = option("adapter", "LoRA alpha; the scaling is lora_alpha / r", None)
     lora_dropout: float | None = option("adapter", "LoRA dropout", None)
-    target_modules: str | list[str] | None = option("adapter", "FFN blocks (lora: linear layers)", None)
+    target_modules: str | list[str] | None = option(
+        "adapter", "names or a regular expression of FFN blocks (lora: of linear layers)", None
+    )
     attention_target_modules: str | list[str] | None = option(
         "adapter", "attention projections with plain LoRA", None
     )
