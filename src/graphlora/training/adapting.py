@@ -83,15 +83,20 @@ def _as_names(given: Any) -> Any:
 def _check_names(config: PeftConfig, model: nn.Module) -> None:
     """PEFT passes over names that no module has, as long as another one is found."""
     known = dict(model.named_modules())
+    linear = {path.rpartition(".")[2] for path, module in known.items() if isinstance(module, nn.Linear)}
     for option in MODULES:
         given = getattr(config, option, None)
         for name in [] if given is None or isinstance(given, str) else given:
-            if name not in known and not any(path.endswith(f".{name}") for path in known):
-                linear = {path.rpartition(".")[2] for path, m in known.items() if isinstance(m, nn.Linear)}
-                raise GraphLoraError(
-                    f"{option} names {name}, which is no module of the model{suggestion(name, linear)}; its linear "
-                    f"layers are called {', '.join(sorted(linear))}"
-                )
+            if name in known or any(path.endswith(f".{name}") for path in known):
+                continue
+            blocks = option == "target_modules" and isinstance(config, GraphLoraConfig)
+            hint = suggestion(name, {path.rpartition(".")[2] for path in known} if blocks else linear)
+            remedy = (
+                "leave it out to adapt all FFN blocks"
+                if blocks
+                else f"the linear layers are called {', '.join(sorted(linear))}"
+            )
+            raise GraphLoraError(f"{option} names {name}, which the model does not have{hint}; {remedy}")
 
 
 def _check_layers(recipe: Recipe, model: PreTrainedModel) -> None:
