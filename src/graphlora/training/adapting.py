@@ -82,7 +82,7 @@ def _as_names(given: Any) -> Any:
 
 def _check_names(config: PeftConfig, model: nn.Module) -> None:
     """PEFT passes over names that no module has, as long as another one is found."""
-    known = dict(model.named_modules())
+    known = {path: module for path, module in model.named_modules() if path}
     linear = {path.rpartition(".")[2] for path, module in known.items() if isinstance(module, nn.Linear)}
     for option in MODULES:
         given = getattr(config, option, None)
