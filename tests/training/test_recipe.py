@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from graphlora.errors import GraphLoraError
 from graphlora.training import Recipe
 from graphlora.training.arguments import SAME_NAME
-from graphlora.training.recipe import ELSEWHERE
+from graphlora.training.suggestion import ELSEWHERE
 
 NEEDED = {"model": "m", "task": "quiz", "output_dir": "out"}
 

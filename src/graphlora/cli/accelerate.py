@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from graphlora.cli.parsing import make_parser
 from graphlora.errors import GraphLoraError
-from graphlora.training.recipe import suggestion
+from graphlora.training.suggestion import suggestion
 
 FOLDER = Path(__file__).parents[1] / "accelerate_configs"
 DESCRIPTION = """\

@@ -154,7 +154,7 @@ def adapters(options: dict[str, Any]) -> dict[str, PeftConfig | None]:
     from peft import LoraConfig
 
     from graphlora import GraphLoraConfig
-    from graphlora.training.recipe import suggestion
+    from graphlora.training.suggestion import suggestion
     from graphlora.tuner.config import config_field_names
 
     for name in options:

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from graphlora.errors import GraphLoraError
-from graphlora.training.recipe import suggestion
+from graphlora.training.suggestion import suggestion
 
 _REFUSED = re.compile(r'Parser key "([^"]+)": Expected an? (.*)\. Got value: (.*)$')
 _REFUSED_BY_ALL = re.compile(

@@ -10,7 +10,7 @@ import yaml
 from graphlora.errors import GraphLoraError
 from graphlora.study.spec import Overrides
 from graphlora.study.yaml_lines import Lines, Place
-from graphlora.training.recipe import suggestion
+from graphlora.training.suggestion import suggestion
 
 
 def override(values: dict[str, Any], lines: Lines, overrides: Overrides) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graphlora.errors import GraphLoraError
-from graphlora.training.recipe import suggestion
+from graphlora.training.suggestion import suggestion
 
 DEFAULT = "graphlora"
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from graphlora.errors import GraphLoraError
 from graphlora.study.yaml_lines import Lines, Place, read_with_lines
-from graphlora.training.recipe import Recipe, suggestion
+from graphlora.training.recipe import Recipe
+from graphlora.training.suggestion import suggestion
 from graphlora.untrusted import local_path
 
 SHIPPED = Path(__file__).parents[1] / "studies"

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from graphlora.errors import GraphLoraError
 from graphlora.ops.backend import resolve_backend
-from graphlora.training.recipe import Recipe, suggestion
+from graphlora.training.recipe import Recipe
+from graphlora.training.suggestion import suggestion
 from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.layer import GraphLoraLayer
 from graphlora.tuner.register import register

@@ -10,7 +10,8 @@ from transformers import TrainingArguments, get_scheduler
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.processes import uses_cpu
-from graphlora.training.recipe import Recipe, suggestion
+from graphlora.training.recipe import Recipe
+from graphlora.training.suggestion import suggestion
 
 SAME_NAME = (
     "output_dir",
