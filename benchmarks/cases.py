@@ -135,7 +135,7 @@ def _step_case(shape: Shape, seconds: float) -> Case:
 
 
 def _full_case(shape: Shape) -> Case:
-    launched = ["frozen", "peft_bfloat16_r16", "peft_float32_dropout_r16", "triton_r16"]
+    launched = ["frozen", "peft_bfloat16_r16", "peft_float32_dropout_r16", "triton_r16", "triton_dropout_r16"]
     params = {
         "shape": shape.name,
         "layers": shape.num_layers,
@@ -145,7 +145,7 @@ def _full_case(shape: Shape) -> Case:
         "iterations": 10,
         # What is compiled takes half of it.
         "seconds": 150,
-        "candidates": [*launched, "triton_r8", *(f"{name}_compiled" for name in launched)],
+        "candidates": [*launched, *(f"{name}_compiled" for name in launched)],
     }
     return Case("step", f"{shape.name} all layers 8x1024", params, 190)
 

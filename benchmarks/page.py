@@ -32,7 +32,7 @@ LABELS = {
     "frozen": "frozen model",
     "peft_bfloat16_r16": "PEFT LoRA, bf16",
     "peft_float32_r16": "PEFT LoRA, float32",
-    "peft_float32_dropout_r16": "PEFT LoRA, its default",
+    "peft_float32_dropout_r16": "PEFT LoRA, float32, dropout",
     "peft_sized": "PEFT LoRA, same size",
     "triton_r16": "GraphLoRA r=16",
     "triton_r8": "GraphLoRA r=8",

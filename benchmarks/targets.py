@@ -74,7 +74,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "4",
-        "step / PEFT's default (float32 adapters, dropout 0.05)",
+        "step / PEFT LoRA, float32 adapters (its default) with dropout 0.05",
         "step",
         rf"{_BIG} 8 layers .*",
         "triton_r16",

@@ -19,9 +19,11 @@ from graphlora.tasks import stream_sources
 from graphlora.tasks.stream import ExampleStream
 from graphlora.tasks.stream_sources import FileSource, open_source
 from graphlora.training import Recipe, train
+from graphlora.training.arguments import training_arguments
 from graphlora.training.data import Encoding, padding_collator
 from graphlora.training.resolving import located
 from graphlora.training.run_data import wants_streaming
+from graphlora.training.stream_setup import stream_loader
 from graphlora.training.streaming import PLACE_FILE, Deal, StreamLoader, TokenStream, read_place, write_place
 
 ROWS = 203
@@ -143,6 +145,22 @@ def test_packing_and_padding_make_batches_of_streamed_rows(stream):
     loader = StreamLoader(stream, Deal(batch_size=3), padding_collator(stream.tokenizer), num_batches=2)
     first, second = loader
     assert first["input_ids"].shape[0] == second["labels"].shape[0] == 3
+
+
+def test_batches_are_copied_to_the_device(stream):
+    collate = padding_collator(stream.tokenizer)
+    loader = StreamLoader(stream, Deal(batch_size=3), collate, num_batches=2, device=torch.device("meta"))
+    devices = [{tensor.device.type for tensor in batch.values()} for batch in loader]
+    assert devices == [{"meta"}, {"meta"}]
+
+
+@pytest.mark.parametrize("non_blocking", [True, False])
+def test_a_run_copies_its_stream_as_it_is_told(stream, tiny_recipe, non_blocking):
+    options = {"use_cpu": True, "accelerator_config": {"non_blocking": non_blocking}}
+    recipe = Recipe.from_dict(tiny_recipe | {"eval_strategy": "no", "training_args": options})
+    arguments = training_arguments(recipe, torch.float32)
+    loader = stream_loader(stream, recipe, arguments, padding_collator(stream.tokenizer), None)
+    assert (loader._device, loader._non_blocking) == (torch.device("cpu"), non_blocking)
 
 
 def test_a_checkpoint_of_other_data_is_told_or_refused(stream, tiny_model, numbers_file, tmp_path):

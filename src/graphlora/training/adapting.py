@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import fields
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel
 
 from graphlora.errors import GraphLoraError
@@ -19,10 +19,13 @@ from graphlora.tuner.config import GraphLoraConfig
 from graphlora.tuner.layer import GraphLoraLayer
 from graphlora.tuner.register import register
 
-ALL_LINEAR = "all-linear"
-# Options that name modules, and names of modules without anything of a regular expression.
+# Options that name modules.
 MODULES = ("target_modules", "attention_target_modules", "exclude_modules")
-NAMES = re.compile(r"[\w.]+( *, *[\w.]+)*")
+# What a command line has for several names, or for one without numbers: as an expression it would match nothing, or
+# a module of just that name.
+_NAME = r"\w+(\.\w+)*"
+_SEVERAL = re.compile(rf"{_NAME}(\s*[,\s]\s*{_NAME})+\s*,?|{_NAME}\s*,")
+_ONE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def adapter_config(recipe: Recipe) -> PeftConfig:
@@ -39,7 +42,7 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
         if name not in known:
             raise GraphLoraError(f"{name} has no meaning for method {recipe.method}{suggestion(name, known)}")
     if recipe.method == "lora":
-        options.setdefault("target_modules", ALL_LINEAR)
+        options.setdefault("target_modules", "all-linear")
     options |= {name: _as_names(options[name]) for name in MODULES if name in options}
     try:
         return kind(task_type=TaskType.CAUSAL_LM, **options)
@@ -55,7 +58,6 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """
     _check_layers(recipe, model)
     config = adapter_config(recipe)
-    _check_names(config, model)
     try:
         adapted = get_peft_model(model, config)
     except GraphLoraError:
@@ -63,6 +65,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     except ValueError as error:
         raise GraphLoraError(f"cannot adapt the model: {' '.join(str(error).split())}") from error
     assert isinstance(adapted, PeftModel)
+    _warn_of_unknown_names(adapted)
     return adapted
 
 
@@ -75,29 +78,29 @@ def check_backend(model: PeftModel, device: torch.device) -> None:
 
 
 def _as_names(given: Any) -> Any:
-    """Names of modules as a list: `q_proj` and `q_proj,v_proj`, as a command line has them, are no expressions."""
-    if not isinstance(given, str) or given == ALL_LINEAR or not NAMES.fullmatch(given):
+    """Names of modules as a list: `q_proj` and `q_proj,v_proj` are no regular expressions."""
+    if not isinstance(given, str) or not (_ONE.fullmatch(given) or _SEVERAL.fullmatch(given)):
         return given
-    return [name.strip() for name in given.split(",")]
+    return re.split(r"[,\s]+", given.strip(" ,"))
 
 
-def _check_names(config: PeftConfig, model: nn.Module) -> None:
-    """PEFT passes over names that no module has, as long as another one is found."""
-    known = {path: module for path, module in model.named_modules() if path}
-    linear = {path.rpartition(".")[2] for path, module in known.items() if isinstance(module, nn.Linear)}
-    for option in MODULES:
+def _warn_of_unknown_names(adapted: PeftModel) -> None:
+    """PEFT passes over names that no module has, as long as another one is found.
+
+    A warning, because a list may have the names of several architectures.
+    """
+    config = adapted.active_peft_config
+    paths = [path for path, _ in adapted.get_base_model().named_modules() if path]
+    known = {path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()}
+    for option in MODULES[:2]:
+        # What PEFT makes of names of a mixture of experts is no longer among them.
         given = getattr(config, option, None)
-        for name in [] if given is None or isinstance(given, str) else given:
-            if name in known or any(path.endswith(f".{name}") for path in known):
-                continue
-            blocks = option == "target_modules" and isinstance(config, GraphLoraConfig)
-            hint = suggestion(name, {path.rpartition(".")[2] for path in known} if blocks else linear)
-            remedy = (
-                "leave it out to adapt all FFN blocks"
-                if blocks
-                else f"the linear layers are called {', '.join(sorted(linear))}"
-            )
-            raise GraphLoraError(f"{option} names {name}, which the model does not have{hint}; {remedy}")
+        for name in [] if given is None or isinstance(given, str) else sorted(given):
+            if not any(path == name or path.endswith(f".{name}") for path in paths):
+                warnings.warn(
+                    f"{option} names {name}, which the model does not have{suggestion(name, known)}",
+                    stacklevel=3,
+                )
 
 
 def _check_layers(recipe: Recipe, model: PreTrainedModel) -> None:

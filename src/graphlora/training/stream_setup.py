@@ -59,6 +59,7 @@ def stream_loader(
         num_batches=max(0, arguments.max_steps - step) * recipe.gradient_accumulation_steps,
         num_workers=workers,
         device=arguments.device,
+        non_blocking=bool(getattr(arguments.accelerator_config, "non_blocking", False)),
         pin_memory=arguments.dataloader_pin_memory,
         **ahead,
     )

@@ -160,6 +160,7 @@ class StreamLoader:
         num_batches: int | None = None,
         num_workers: int = 0,
         device: torch.device | None = None,
+        non_blocking: bool = True,
         **options: Any,
     ) -> None:
         """Make batches.
@@ -171,14 +172,15 @@ class StreamLoader:
             place: Where to start; the beginning when left out.
             num_batches: How many batches to give; without end when left out.
             num_workers: Processes that read and tokenize ahead; batches do not depend on it.
-            device: Where batches are copied to, while it works if their memory is pinned; left out: nowhere.
+            device: Where batches are copied to; left out: nowhere.
+            non_blocking: Copy while the device works, for which `pin_memory` is needed.
             options: Further arguments of `torch.utils.data.DataLoader`.
         """
         self.place = StreamPlace() if place is None else place
         self.stream, self.deal = stream, deal
         self.batch_size = deal.batch_size
         self.dataset = _Batches(stream, deal, self.place, collate)
-        self._num_batches, self._device = num_batches, device
+        self._num_batches, self._device, self._non_blocking = num_batches, device, non_blocking
         self._options = {"num_workers": num_workers, **options}
 
     def __iter__(self) -> Iterator[Any]:
@@ -199,8 +201,8 @@ class StreamLoader:
             if batch.error is not None:
                 raise BadRow(batch.error)
             self.place = batch.place
-            rows = batch.rows
-            yield rows if self._device is None else send_to_device(rows, self._device, non_blocking=True)
+            rows, device = batch.rows, self._device
+            yield rows if device is None else send_to_device(rows, device, non_blocking=self._non_blocking)
 
     @property
     def epochs(self) -> float:
