@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -240,6 +241,18 @@ def test_a_changed_learning_rate_takes_effect_on_resume(tiny_recipe, monkeypatch
         entry["learning_rate"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry
     ]
     assert rates == pytest.approx([1e-2] * 3 + [5e-4] * 3)
+
+
+def test_a_checkpoint_of_other_parameters_is_told(tiny_recipe):
+    """As of a version that took the recipe's modules in another way."""
+    short = tiny_recipe | {"max_steps": 3, "target_modules": ["q_proj", "v_proj"]}
+    train(Recipe.from_dict(short))
+    other = short | {"max_steps": 6, "target_modules": ["q_proj"]}
+    (Path(tiny_recipe["output_dir"]) / "config.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(
+        GraphLoraError, match=r"checkpoint-3 is of a run that trained other parameters.*output_dir"
+    ):
+        train(Recipe.from_dict(other), resume=True)
 
 
 def test_another_adapter_or_data_cannot_be_resumed(tiny_recipe):

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
+from graphlora.errors import GraphLoraError
 from graphlora.training.checkpoints import STATE_FILE
 from graphlora.training.guarded_trainer import GuardedTrainer
 
@@ -75,7 +76,13 @@ class ResumedTrainer(GuardedTrainer):
             return super()._load_optimizer_and_scheduler(checkpoint)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise GraphLoraError(
+                f"{checkpoint} is of a run that trained other parameters ({error}): its adapter was made by another "
+                "recipe or another version; choose another output_dir"
+            ) from error
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
         scheduler: Any = self.lr_scheduler
