@@ -84,6 +84,12 @@ PROMISES = (
         "The same seed gives the same adapter, bit for bit, on a GPU too.",
         by_hand="python -m reliability.repeatable --device cuda",
     ),
+    Promise(
+        REPEAT,
+        "repeatable_gpu_models",
+        "The same on a GPU for models of other sizes, in bfloat16.",
+        by_hand="python -m reliability.repeatable --device cuda --model PATH [PATH ...]",
+    ),
     Promise(REPEAT, "deterministic_cost", "Deterministic mode costs little."),
     Promise(
         REPEAT,
