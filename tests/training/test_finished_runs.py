@@ -111,3 +111,25 @@ def test_changed_intervals_take_effect_on_resume(tiny_recipe):
     train(Recipe.from_dict(options))
     result = train(Recipe.from_dict(options | {"max_steps": 5, "eval_steps": 1}), resume=True)
     assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_best_checkpoint_is_found_where_a_run_was_moved_to(
+    tiny_recipe, tmp_path, monkeypatch, capsys, lost
+):
+    scores = iter([0.9, 0.2, 0.4])
+    monkeypatch.setattr(AdapterTrainer, "accuracy", lambda self: {"acc": next(scores)})
+    values = tiny_recipe | {"eval_steps": 2, "metric_for_best_model": "acc", "max_steps": 4}
+    train(Recipe.from_dict(values))
+    moved = tmp_path / "elsewhere"
+    Path(values["output_dir"]).rename(moved)
+    checkpoints = moved / "checkpoints"
+    if lost:
+        shutil.rmtree(checkpoints / "checkpoint-2")
+    capsys.readouterr()
+    result = train(Recipe.from_dict(values | {"output_dir": str(moved), "max_steps": 6}), resume=True)
+    kept, accuracy = (6, 0.4) if lost else (2, 0.9)
+    assert result.metrics["kept_step"] == kept
+    assert result.metrics["eval_acc"] == accuracy
+    assert (moved / WEIGHTS).read_bytes() == (checkpoints / f"checkpoint-{kept}" / WEIGHTS).read_bytes()
+    assert ("the last step's weights are kept" in capsys.readouterr().err) == lost

@@ -48,7 +48,12 @@ def test_yaml_round_trip_keeps_every_option(tmp_path):
         ({"task": {}}, "each task of a mixture"),
         ({"task": {"boolq": 0}}, "each task of a mixture"),
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "early_stopping_patience needs validation"),
-        ({"eval_steps": 10, "save_steps": 15}, "save_steps is 15.0, not a multiple"),
+        ({"eval_steps": 10, "save_steps": 15}, "save_steps is 15, not a multiple of eval_steps (10)"),
+        (
+            {"save_steps": 8},
+            "save_steps is 8, a number of steps, and eval_steps is 0.2, a share of all steps",
+        ),
+        ({"eval_steps": 8, "save_steps": 0.5}, "set eval_steps to 0.5 too"),
         ({"model": None}, "the recipe has no model"),
     ],
 )

@@ -191,6 +191,17 @@ def test_the_best_checkpoint_on_the_whole_validation_split_is_kept(tiny_recipe, 
     assert seen == [[4]] * 3
 
 
+@pytest.mark.parametrize("best", [2, 4, 6])
+def test_the_best_checkpoint_is_kept_that_save_steps_would_have_passed_by(tiny_recipe, monkeypatch, best):
+    scores = iter([0.9 if step == best else step / 10 for step in (2, 4, 6, 8)])
+    monkeypatch.setattr(AdapterTrainer, "accuracy", lambda self: {"acc": next(scores)})
+    values = tiny_recipe | {"max_steps": 8, "eval_steps": 2, "save_steps": 4, "metric_for_best_model": "acc"}
+    result = train(Recipe.from_dict(values))
+    assert (result.metrics["kept_step"], result.metrics["eval_acc"]) == (best, 0.9)
+    out = Path(values["output_dir"])
+    assert_equal_runs(out, out / "checkpoints" / f"checkpoint-{best}")
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_checkpoint(
     tiny_recipe, monkeypatch
 ):

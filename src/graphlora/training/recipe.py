@@ -186,7 +186,10 @@ class Recipe:
     eval_strategy: Literal["no", "steps", "epoch"] = option("evaluation", "when to validate", "steps")
     eval_steps: float = option("evaluation", "steps between validations; below 1: share of all steps", 0.2)
     save_steps: float | None = option(
-        "evaluation", "steps between checkpoints, a multiple of eval_steps; left out: eval_steps", None
+        "evaluation",
+        "steps between checkpoints, a multiple of eval_steps; one that validates best is saved in any case; "
+        "left out: eval_steps",
+        None,
     )
     save_total_limit: int | None = option("evaluation", "checkpoints to keep besides the best", 2)
     per_device_eval_batch_size: int = option("evaluation", "rows per device when measuring the loss", 16)
@@ -359,10 +362,17 @@ def _check_combinations(recipe: Recipe) -> None:
     if recipe.early_stopping_patience is not None and recipe.eval_strategy == "no":
         raise GraphLoraError("early_stopping_patience needs validation; set eval_strategy to steps or epoch")
     if recipe.save_steps is not None and recipe.eval_strategy == "steps" and recipe.load_best_model_at_end:
-        parts = min(recipe.save_steps / recipe.eval_steps, 1e15)
-        same_kind = (recipe.save_steps < 1) == (recipe.eval_steps < 1)
-        if not same_kind or abs(parts - round(parts)) > 1e-9:
+        saves, evals = recipe.save_steps, recipe.eval_steps
+        if (saves < 1) != (evals < 1):
+            kinds = ("a share of all steps", "a number of steps")
             raise GraphLoraError(
-                f"save_steps is {recipe.save_steps}, not a multiple of eval_steps ({recipe.eval_steps}); "
+                f"save_steps is {saves:g}, {kinds[saves >= 1]}, and eval_steps is {evals:g}, {kinds[evals >= 1]}; "
+                f"the best checkpoint is kept, so each must be validated: set eval_steps to {saves:g} too, or "
+                "load_best_model_at_end to false"
+            )
+        parts = min(saves / evals, 1e15)
+        if abs(parts - round(parts)) > 1e-9:
+            raise GraphLoraError(
+                f"save_steps is {saves:g}, not a multiple of eval_steps ({evals:g}); "
                 "make it one, or set load_best_model_at_end to false"
             )

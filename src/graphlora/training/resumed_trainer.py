@@ -46,6 +46,13 @@ class ResumedTrainer(GuardedTrainer):
             self.control.should_save = True
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As in `Trainer`; a best one that is to be kept is saved, whether or not `save_steps` has come."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """As in `Trainer`, but no epochs where nothing is left to train: `Trainer` would take a step and then look."""
         values = super().set_initial_training_values(args, dataloader)
@@ -72,6 +79,10 @@ class ResumedTrainer(GuardedTrainer):
         """Restore both; a learning rate, weight decay or interval that the recipe changed since takes effect."""
         # The checkpoint's state has brought the intervals of the recipe that it was written under.
         self.state.compute_steps(self.args, self.state.max_steps)
+        if checkpoint is not None and self.state.best_global_step:
+            # It has brought the path of the best one too, which is another where the run's folder was moved or copied.
+            best = Path(checkpoint).parent / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
         if self.optimizer is None or self.lr_scheduler is None or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
