@@ -128,7 +128,8 @@ def resolve_step_mode(recipe: Recipe, model: PreTrainedModel, device: torch.devi
         return "eager"
     chosen = choose_step_mode(model.num_parameters(), recipe.per_device_train_batch_size, work, device)
     if recipe.deterministic:
-        # Compiled runs were compared bit for bit with one small model only.
+        # Compiled runs repeated their bits wherever that was compared (docs/reproducibility.md), but no promise of the
+        # compiler's stands behind it.
         return "graph" if chosen in RECORDED else "eager"
     return chosen
 
