@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import TrainerState, trainer_utils
 
 from graphlora.records import RunRecord
 from graphlora.training import Recipe, train
+from graphlora.training.run_data import load_data
 from graphlora.training.trainer import AdapterTrainer
 
 WEIGHTS = "adapter_model.safetensors"
@@ -49,6 +51,17 @@ def steps(monkeypatch) -> list[int]:
 
 def digest(out: Path) -> str:
     return hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
+
+
+def fewer_rows(part: str):
+    """`load_data` of a file that has lost its last row of a split."""
+
+    def load(recipe, tokenizer):
+        data = load_data(recipe, tokenizer)
+        encoded = getattr(data, part)
+        return replace(data, **{part: replace(encoded, rows=encoded.rows[:-1])})
+
+    return load
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -132,4 +145,42 @@ def test_the_best_checkpoint_is_found_where_a_run_was_moved_to(
     assert result.metrics["kept_step"] == kept
     assert result.metrics["eval_acc"] == accuracy
     assert (moved / WEIGHTS).read_bytes() == (checkpoints / f"checkpoint-{kept}" / WEIGHTS).read_bytes()
-    assert ("the last step's weights are kept" in capsys.readouterr().err) == lost
+    told = "the best checkpoint, of step 2, is gone; best of those that are there: step 4"
+    assert (told in capsys.readouterr().err) == lost
+
+
+def test_another_metric_chooses_among_the_checkpoints_that_are_there(tiny_recipe, monkeypatch, capsys):
+    scores = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr(AdapterTrainer, "accuracy", lambda self: {"acc": next(scores)})
+    values = tiny_recipe | {"eval_steps": 2, "max_steps": 4, "metric_for_best_model": "acc"}
+    first = train(Recipe.from_dict(values))
+    assert first.metrics["kept_step"] == 2
+    losses = {entry["step"]: entry["eval_loss"] for entry in first.history if "eval_loss" in entry}
+    again = train(Recipe.from_dict(values | {"max_steps": 6, "metric_for_best_model": "loss"}), resume=True)
+    losses |= {entry["step"]: entry["eval_loss"] for entry in again.history if "eval_loss" in entry}
+    best = min(losses, key=losses.__getitem__)
+    assert best != 2, "the test needs losses that fall"
+    assert (again.metrics["kept_step"], again.metrics["eval_loss"]) == (best, losses[best])
+    assert "metric_for_best_model (acc, now loss)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["validation", "train"])
+def test_other_rows_are_told_and_validations_of_them_not_compared(tiny_recipe, monkeypatch, capsys, part):
+    scores = iter([0.9, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(AdapterTrainer, "accuracy", lambda self: {"acc": next(scores)})
+    values = tiny_recipe | {"eval_steps": 2, "max_steps": 4, "metric_for_best_model": "acc"}
+    train(Recipe.from_dict(values))
+    with monkeypatch.context() as patch:
+        patch.setattr("graphlora.training.workbench.load_data", fewer_rows(part))
+        done = train(Recipe.from_dict(values), resume=True)
+        assert done.metrics["kept_step"] == 2, "nothing was left to train"
+        more = train(Recipe.from_dict(values | {"max_steps": 6}), resume=True)
+        told = capsys.readouterr().err
+        if part == "train":
+            assert more.metrics["kept_step"] == 2
+            assert "the training rows are not what they were at checkpoint-4" in told
+            return
+        assert (more.metrics["kept_step"], more.metrics["eval_acc"]) == (6, 0.4)
+        assert "not what it was at checkpoint-4: validation rows; best validation: none yet" in told
+        last = train(Recipe.from_dict(values | {"max_steps": 8}), resume=True)
+    assert last.metrics["kept_step"] == 6, "the rows are the same, but 0.9 was of others"

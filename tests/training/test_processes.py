@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from graphlora.cli.accelerate import config_files
 from graphlora.errors import GraphLoraError
+from graphlora.records import RunRecord
 from graphlora.training import Recipe, train
 from graphlora.training.processes import check_launch, wants_sharding
 
@@ -129,6 +130,10 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
         assert float((value - second[name]).abs().max()) <= tolerance * scale, name
 
 
+def trained_tokens(metrics: dict) -> int:
+    return round(metrics["tokens_per_second"] * metrics["train_seconds"])
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["lora", "graphlora"])
 def test_two_processes_learn_what_one_learns(runs, two, one, way, method):
@@ -139,7 +144,10 @@ def test_two_processes_learn_what_one_learns(runs, two, one, way, method):
         # The loss on unequal rows is a mean of batches' means in Trainer, so it depends on how they are split.
         for name in rank["metrics"].keys() - {"eval_loss"}:
             assert rank["metrics"][name] == pytest.approx(one[method].metrics[name], rel=TOLERANCE), name
-    assert_close(one[method].output_dir, runs.folder / f"{way} {method}", 10 * TOLERANCE)
+    output = runs.folder / f"{way} {method}"
+    assert_close(one[method].output_dir, output, 10 * TOLERANCE)
+    recorded = RunRecord.read(output / "record.json").metrics
+    assert trained_tokens(recorded) == trained_tokens(one[method].metrics), "those of all processes"
 
 
 def test_without_an_accelerator_they_train_together_without_being_told(runs, two):

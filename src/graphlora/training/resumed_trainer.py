@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 
 from graphlora.errors import GraphLoraError
 from graphlora.training.checkpoints import STATE_FILE
+from graphlora.training.compared import Compared, best_validation, read_compared
 from graphlora.training.guarded_trainer import GuardedTrainer
 
 INTERVALS = ("logging_steps", "eval_steps", "save_steps")
@@ -22,12 +24,15 @@ class ResumedTrainer(GuardedTrainer):
         last_saved: The newest checkpoint: the one to go on from, later the last one written.
         patience: Validations without a gain after which the run ends; `None` for any number.
         threshold: What counts as a gain.
+        compared: What validations measure; `None` for a trainer whose checkpoints do not say it.
     """
 
     optimizer: Any
     last_saved: Path | None = None
     patience: int | None = None
     threshold: float = 0.0
+    compared: Compared | None = None
+    _is_over = False
 
     def stop_early(self, patience: int, threshold: float) -> None:
         """End training after `patience` validations without a gain of more than `threshold`."""
@@ -61,7 +66,8 @@ class ResumedTrainer(GuardedTrainer):
         for name in INTERVALS:
             if 0 < getattr(args, name) < 1:
                 setattr(args, name, math.ceil(max_steps * getattr(args, name)))
-        return (0, *values[1:]) if self._has_ended(max_steps) else values
+        self._is_over = self._has_ended(max_steps)
+        return (0, *values[1:]) if self._is_over else values
 
     def _has_ended(self, max_steps: int) -> bool:
         if self.last_saved is None:
@@ -75,14 +81,56 @@ class ResumedTrainer(GuardedTrainer):
             return False
         return stopping["attributes"]["early_stopping_patience_counter"] >= self.patience
 
+    def _choose_best(self, checkpoint: Path) -> None:
+        """Find the best checkpoint of the run so far: it may lie elsewhere now, be gone, or be best by another measure.
+
+        The checkpoint has brought the path, step and value of the one that was best when it was written.
+        """
+        metric = self.args.metric_for_best_model
+        if self.compared is None or metric is None:
+            return
+        before = read_compared(checkpoint) or replace(self.compared, metric=None)
+        changed = []
+        if before.training != self.compared.training:
+            self._tell(f"the training rows are not what they were at {checkpoint.name}; going on with these")
+        if before.validation != self.compared.validation and not self._is_over:
+            changed.append("validation rows")
+            self.compared = replace(self.compared, since=self.state.global_step + 1)
+        else:
+            self.compared = replace(self.compared, since=before.since)
+        if before.metric not in (None, metric):
+            changed.append(f"metric_for_best_model ({before.metric}, now {metric})")
+        best = best_validation(
+            self.state.log_history,
+            metric,
+            bool(self.args.greater_is_better),
+            checkpoint.parent if self.args.load_best_model_at_end else None,
+            self.compared.since,
+        )
+        last, (step, value) = self.state.best_global_step, best or (None, None)
+        self.state.best_global_step, self.state.best_metric = step, value
+        self.state.best_model_checkpoint = (
+            None if step is None else str(checkpoint.parent / f"checkpoint-{step}")
+        )
+        chosen = "none yet" if step is None else f"step {step}"
+        if changed:
+            self._tell(
+                f"not what it was at {checkpoint.name}: {', '.join(changed)}; best validation: {chosen}"
+            )
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, EarlyStoppingCallback):
+                    callback.early_stopping_patience_counter = 0
+        elif last and last != step:
+            self._tell(
+                f"the best checkpoint, of step {last}, is gone; best of those that are there: {chosen}"
+            )
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore both; a learning rate, weight decay or interval that the recipe changed since takes effect."""
         # The checkpoint's state has brought the intervals of the recipe that it was written under.
         self.state.compute_steps(self.args, self.state.max_steps)
-        if checkpoint is not None and self.state.best_global_step:
-            # It has brought the path of the best one too, which is another where the run's folder was moved or copied.
-            best = Path(checkpoint).parent / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best)
+        if checkpoint is not None:
+            self._choose_best(Path(checkpoint))
         if self.optimizer is None or self.lr_scheduler is None or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]

@@ -314,10 +314,13 @@ def _measured(trainer: AdapterTrainer, result: Any, steps: int) -> dict[str, flo
     if steps == 0:
         return {}
     seconds = max(1e-9, result.metrics["train_runtime"] - trainer.seconds_aside)
+    tokens: Any = torch.as_tensor(trainer.tokens_seen, device=trainer.args.device)
+    if trainer.accelerator.num_processes > 1:
+        tokens = trainer.accelerator.reduce(tokens, reduction="sum")
     return {
         "train_loss": result.training_loss,
         "step_time": seconds / steps,
-        "tokens_per_second": int(trainer.tokens_seen) / seconds,
+        "tokens_per_second": int(tokens) / seconds,
         "train_seconds": seconds,
     }
 

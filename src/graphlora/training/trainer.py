@@ -354,6 +354,8 @@ class AdapterTrainer(ResumedTrainer):
         self.state.save_to_json(str(staged / STATE_FILE))
         if self.stream is not None:
             write_place(staged, self.stream)
+        if self.compared is not None:
+            self.compared.write(staged)
         seal(staged)
         replace_directory(staged, final)
         rotate_checkpoints(

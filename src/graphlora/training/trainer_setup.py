@@ -13,9 +13,11 @@ from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graphlora.errors import GraphLoraError
+from graphlora.records import data_hash
 from graphlora.training.arguments import compiler_options, training_arguments
 from graphlora.training.bucketing import Bucketed, bucket_positions
 from graphlora.training.callbacks import Progress, StreamEpochs
+from graphlora.training.compared import Compared
 from graphlora.training.data import AnswerLogits, packing_collator, padding_collator, takes_answer_logits
 from graphlora.training.full_rows import NoFullMask
 from graphlora.training.packing import (
@@ -94,6 +96,11 @@ def make_trainer(
         raise
     except (RuntimeError, ImportError, ValueError) as error:
         raise GraphLoraError(f"cannot set up training: {' '.join(str(error).split())}") from error
+    trainer.compared = Compared(
+        None if isinstance(data.train, TokenStream) else data_hash(data.train.rows),
+        None if data.validation is None else data_hash(data.validation.rows),
+        arguments.metric_for_best_model,
+    )
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Progress())
