@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -24,6 +26,11 @@ RECIPE_FILE = "config.yaml"
 RECORD_FILE = "record.json"
 STATE_FILE = "trainer_state.json"
 SEAL_FILE = "checksums.json"
+CARD_FILE = "README.md"
+# Metadata, and then the section about GraphLoRA or PEFT's template.
+GENERATED_CARD = re.compile(
+    r"\s*(---\n.*?\n---\s*)?(<!-- graphlora -->|# Model Card for Model ID)", re.DOTALL
+)
 DAMAGED = "damaged-"
 TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -134,8 +141,11 @@ def _damage_without_seal(checkpoint: Path) -> str | None:
 
 
 def go_on_command(output: Path) -> str:
-    """The command that resumes a run."""
-    return f"graphlora train --config {output / RECIPE_FILE} --resume"
+    """The command that resumes a run; processes that torchrun started on this machine are started again."""
+    several, local = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    by_config = os.environ.get("ACCELERATE_USE_FSDP") is not None
+    launch = f"torchrun --nproc_per_node {local} -m " if several == local != "1" and not by_config else ""
+    return f"{launch}graphlora train --config {shlex.quote(str(output / RECIPE_FILE))} --resume"
 
 
 def checkpoint_processes(checkpoint: Path) -> int:
@@ -242,10 +252,13 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def remove_run(output: Path) -> None:
-    """Delete what a run wrote; other files stay."""
+    """Delete what a run wrote; other files stay, and a model card that begins with somebody's own words."""
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    for name in (RECIPE_FILE, CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, MANIFEST_FILE, "README.md"):
+    for name in (RECIPE_FILE, CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, MANIFEST_FILE):
         (output / name).unlink(missing_ok=True)
+    card = output / CARD_FILE
+    if card.is_file() and GENERATED_CARD.match(card.read_text(encoding="utf-8", errors="replace")):
+        card.unlink()
 
 
 def withdraw_recipe(output: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 import signal
 import sys
 import time
@@ -18,14 +17,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from graphlora.errors import GraphLoraError
-from graphlora.records import RunRecord, data_hash, flush, write_text
+from graphlora.records import RunRecord, data_hash, write_text
 from graphlora.training.adapting import add_adapter, check_backend
 from graphlora.training.arguments import needed_bytes
 from graphlora.training.callbacks import StopOnSignal
 from graphlora.training.checkpoints import (
     RECIPE_FILE,
     RECORD_FILE,
-    STAGING,
     check_space,
     checkpoint_processes,
     go_on_command,
@@ -34,12 +32,12 @@ from graphlora.training.checkpoints import (
     refused_pickle,
     remove_run,
     withdraw_recipe,
-    writing,
 )
 from graphlora.training.data import (
     Encoded,
 )
 from graphlora.training.determinism import deterministic_algorithms
+from graphlora.training.finishing import chosen_anew, record_of_ended, save, seal, stands
 from graphlora.training.interrupts import Interrupts, TrainingInterrupted
 from graphlora.training.loading import pick_device, pick_dtype
 from graphlora.training.loss_kernel import liger_options
@@ -49,7 +47,6 @@ from graphlora.training.nonfinite import NonFiniteError
 from graphlora.training.out_of_memory import Facts, explained_memory
 from graphlora.training.processes import check_sharded, is_first, num_processes, start_processes, uses_cpu
 from graphlora.training.recipe import Recipe
-from graphlora.training.reproducing import make_manifest
 from graphlora.training.resolving import completed, located
 from graphlora.training.resuming import check_same_run
 from graphlora.training.run_data import RunData, chosen_metric
@@ -145,23 +142,34 @@ def _train(
     check_sharded(trainer.is_fsdp_enabled, device)
     for callback in workbench.callbacks(trainer):
         trainer.add_callback(callback)
+    recipe_before = _text(output / RECIPE_FILE)
     with _begun(trainer, recipe, output, overwrite):
         if trainer.is_world_process_zero() and not workbench.quiet:
             _tell(recipe, data, num_trained, checkpoint, resume)
         metrics = _run(trainer, recipe, checkpoint, interrupts)
+    before = None if "train_seconds" in metrics else record_of_ended(output, metrics["steps"])
+    if "train_seconds" not in metrics and trainer.is_world_process_zero() and not workbench.quiet:
+        sys.stderr.write(f"the run had ended at step {metrics['steps']}; nothing was left to train\n")
+    if before is not None and stands(output, before, recipe):
+        if recipe_before is not None and trainer.is_world_process_zero():
+            write_text(output / RECIPE_FILE, recipe_before)
+        return TrainResult(output, before.metrics, before, model, tokenizer, trainer.state.log_history)
     how = {"step_mode": mode, "loss_kernel": "none" if liger is None else "liger"}
     metrics |= {"num_trained": num_trained} | how
     record = _record(recipe, data, metrics, device, time.perf_counter() - started)
-    if "train_seconds" not in metrics:
-        record = _finished_before(output, record)
-        if trainer.is_world_process_zero() and not workbench.quiet:
-            sys.stderr.write(f"the run had ended at step {metrics['steps']}; nothing was left to train\n")
+    if before is not None:
+        record = chosen_anew(before, record)
     if trainer.is_world_process_zero():
-        (output / MANIFEST_FILE).unlink(missing_ok=True)
+        for name in (MANIFEST_FILE, RECORD_FILE):
+            (output / name).unlink(missing_ok=True)
         save(model, output)
         record.write(output / RECORD_FILE)
         seal(trainer, model, tokenizer, output)
     return TrainResult(output, metrics, record, model, tokenizer, trainer.state.log_history)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _start(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Path | None:
@@ -219,54 +227,11 @@ def _record(
     )
 
 
-def _finished_before(output: Path, record: RunRecord) -> RunRecord:
-    """The record of a run that has nothing left to train: the one it wrote at its end, where there is one."""
-    try:
-        before = RunRecord.read(output / RECORD_FILE)
-    except GraphLoraError:
-        return record
-    same = before.config_hash == record.config_hash and before.metrics.get("steps") == record.metrics["steps"]
-    return before if same else record
-
-
 def _rows_of(data: RunData, metrics: dict[str, Any]) -> tuple[list[Any], int]:
     """What identifies the training rows, and their number: of a stream those that the run took."""
     if isinstance(data.train, TokenStream):
         return [data.train.fingerprint], metrics["rows_taken"]
     return data.train.rows, len(data.train.rows)
-
-
-def save(model: PeftModel, output: Path) -> None:
-    """Write the adapter (weights, config, model card) beside its final place and rename the files into it.
-
-    Raises:
-        GraphLoraError: The disk is full or cannot be written.
-    """
-    staging = output / STAGING
-    kept = f"the checkpoints are kept; once that is mended, go on with: {go_on_command(output)}"
-    with writing(output, kept):
-        try:
-            model.save_pretrained(str(staging))
-            files = sorted(staging.iterdir())
-            for path in files:
-                flush(path)
-            for path in files:
-                path.replace(output / path.name)
-            flush(output)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def seal(trainer: AdapterTrainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Write the manifest that `graphlora verify` reads; the model computes its output as it will when it is used."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    wrapped = {name: value for name, value in vars(model).items() if name in ("forward", "_original_forward")}
-    try:
-        # Takes the training's autocast off the model's forward.
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        make_manifest(output, model, tokenizer, sharded=sharded).write(output)
-    finally:
-        vars(model).update(wrapped)
 
 
 def _run(
